@@ -1,0 +1,1 @@
+"""Words that everyone uses: errors, registry, layouts, context, budgets, JSON."""

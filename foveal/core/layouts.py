@@ -1,0 +1,178 @@
+"""The three layouts in which a pattern says which pairs are kept: ``BlockMask``, ``KeySelection``, ``Groups``.
+
+``BlockMask`` is PyTorch's own type, so every mask made here also runs in ``flex_attention`` and every ``BlockMask`` that a
+user has runs in foveal's kernels. A layout never needs to repeat the model's own mask: kernels intersect the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, noop_mask
+
+from .base_mask import FULL, PARTIAL, BaseMask, Predicate
+from .errors import ShapeError
+
+__all__ = ["BlockMask", "Groups", "KeySelection", "Layout", "block_mask", "block_mask_kinds", "narrow"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeySelection:
+    """For each block of query rows, a list of key positions.
+
+    Attributes:
+        index: ``(B or 1, heads, blocks, K)`` int64 key indices with heads in {1, Hkv, H}; −1 pads; positions in one list
+            are unique.
+        block_size: query rows per list; ``blocks = ceil(Nq / block_size)``.
+        limit: optional ``(B or 1, Nq)`` int64; row ``i`` sees only listed keys ``< limit[i]``.
+    """
+
+    index: Tensor
+    block_size: int
+    limit: Tensor | None = None
+
+    def validate(self, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int) -> None:
+        """Raise :class:`ShapeError` unless the lists fit these tensors (called once, at the public door)."""
+        shape = tuple(self.index.shape)
+        blocks = -(-q_len // self.block_size)
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, num_kv_heads, num_heads) or shape[2] != blocks:
+            raise ShapeError(
+                f"KeySelection.index has shape {shape}; expected (1 or batch={batch}, 1, {num_kv_heads} or {num_heads} heads, "
+                f"{blocks} blocks, K) because {q_len} queries in blocks of {self.block_size} make {blocks} blocks."
+            )
+        if self.index.numel() and int(self.index.max()) >= kv_len:
+            raise ShapeError(f"KeySelection.index names key {int(self.index.max())}; expected indices below kv_len={kv_len}.")
+        ordered = self.index.sort(-1).values
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        if bool(twice.any()):
+            where = tuple(int(i) for i in twice.nonzero()[0][:3])
+            raise ShapeError(f"KeySelection.index repeats a key in the list at (batch, head, block) = {where}; lists hold unique positions.")
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Sets of queries and keys that attend among themselves, as ragged lists.
+
+    Group ``g`` lets queries ``q_index[cu_q[g]:cu_q[g+1]]`` see keys ``k_index[cu_k[g]:cu_k[g+1]]``.
+
+    Attributes:
+        q_index: ``(Tq,)`` int64. Per head: ``(b·H + h)·Nq + i``; shared by heads: ``b·Nq + i``.
+        cu_q, cu_k: ``(G+1,)`` int64 boundaries, starting with 0.
+        k_index: ``(Tk,)`` int64. Per head: ``(b·Hkv + h_kv)·Nk + j``; shared: ``b·Nk + j``.
+        per_head: which of the two index spaces is meant.
+        combine: for a query in several groups, ``"softmax"`` merges them exactly by log-sum-exp (a pair that several
+            groups contain counts once per group); ``"mean"`` averages the groups' outputs.
+    """
+
+    q_index: Tensor
+    cu_q: Tensor
+    k_index: Tensor
+    cu_k: Tensor
+    per_head: bool = False
+    combine: Literal["softmax", "mean"] = "softmax"
+
+    def validate(self, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int) -> None:
+        """Raise :class:`ShapeError` unless boundaries and indices fit these tensors."""
+        if self.cu_q.shape != self.cu_k.shape or self.cu_q.dim() != 1:
+            raise ShapeError(f"Groups.cu_q has shape {tuple(self.cu_q.shape)} and cu_k {tuple(self.cu_k.shape)}; expected the same (G+1,).")
+        for name, cu, index in (("q", self.cu_q, self.q_index), ("k", self.cu_k, self.k_index)):
+            if int(cu[0]) != 0 or int(cu[-1]) != index.numel() or bool((cu.diff() < 0).any()):
+                raise ShapeError(
+                    f"Groups.cu_{name} must rise from 0 to {index.numel()}, the length of {name}_index; received {cu.tolist()[:6]}…"
+                )
+        q_top = batch * (num_heads if self.per_head else 1) * q_len
+        k_top = batch * (num_kv_heads if self.per_head else 1) * kv_len
+        for name, index, top in (("q_index", self.q_index, q_top), ("k_index", self.k_index, k_top)):
+            if index.numel() and (int(index.max()) >= top or int(index.min()) < 0):
+                raise ShapeError(f"Groups.{name} spans {int(index.min())}…{int(index.max())}; expected 0…{top - 1}.")
+
+
+Layout = BlockMask | KeySelection | Groups
+
+
+def block_mask(
+    kinds: Tensor,
+    block_size: tuple[int, int],
+    lengths: tuple[int, int],
+    mask_mod: Predicate | None = None,
+    *,
+    transpose: bool = True,
+) -> BlockMask:
+    """A ``BlockMask`` from tile kinds, without evaluating any position.
+
+    Args:
+        kinds: ``(B or 1, H or 1, nqb, nkb)`` int8 of EMPTY, PARTIAL, FULL.
+        block_size: rows and keys per tile.
+        lengths: ``(q_len, kv_len)``.
+        mask_mod: condition inside PARTIAL tiles; None means that partial tiles are decided by the base mask alone.
+        transpose: also build the query-major lists, which FlexAttention's backward needs.
+    """
+    partial, full = kinds == PARTIAL, kinds == FULL
+
+    def lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
+        return keep.sum(-1).to(torch.int32), order.to(torch.int32)
+
+    count, index = lists(partial)
+    full_count, full_index = lists(full)
+    return BlockMask.from_kv_blocks(
+        count, index, full_count, full_index, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=lengths, compute_q_blocks=transpose
+    )
+
+
+def block_mask_kinds(mask: BlockMask) -> Tensor:
+    """``(B, H, nqb, nkb)`` int8 tile kinds of a ``BlockMask``."""
+    nqb = -(-mask.seq_lengths[0] // mask.BLOCK_SIZE[0])
+    nkb = -(-mask.seq_lengths[1] // mask.BLOCK_SIZE[1])
+
+    def scatter(count: Tensor, index: Tensor) -> Tensor:
+        width = index.shape[-1]
+        keep = torch.arange(width, device=index.device) < count[..., None]
+        out = torch.zeros(*index.shape[:-1], max(nkb, width) + 1, dtype=torch.bool, device=index.device)
+        out.scatter_(-1, torch.where(keep, index, max(nkb, width)).long(), True)
+        return out[..., :nqb, :nkb]
+
+    kinds = scatter(mask.kv_num_blocks, mask.kv_indices).to(torch.int8) * PARTIAL
+    if mask.full_kv_num_blocks is not None:
+        kinds[scatter(mask.full_kv_num_blocks, mask.full_kv_indices)] = FULL
+    return kinds
+
+
+def narrow(mask: BlockMask | None, base: BaseMask, block_size: tuple[int, int] = (128, 128), *, transpose: bool = True) -> BlockMask:
+    """The pairs of ``mask`` (None: all) that ``base`` also allows, as one ``BlockMask`` for any kernel.
+
+    Tiles that the base mask empties disappear; tiles that it cuts become partial.
+    """
+    lengths = (base.q_len, base.kv_len)
+    if mask is None:
+        memo = ("narrow", block_size, transpose)
+        if memo not in base.cache:
+            base.cache[memo] = block_mask(base.block_map(*block_size)[:, None], block_size, lengths, base.mask_mod(), transpose=transpose)
+        return base.cache[memo]
+    if tuple(mask.seq_lengths) != lengths:
+        raise ShapeError(
+            f"the BlockMask was made for (q_len, kv_len) = {tuple(mask.seq_lengths)}; expected {lengths}. "
+            "Build it for these lengths, or pass a Pattern, which follows the length."
+        )
+    kinds = block_mask_kinds(mask)
+    allowed = base.block_map(*mask.BLOCK_SIZE)[:, None]
+    joint = torch.minimum(kinds, allowed)
+    inner, outer = mask.mask_mod, base.mask_mod()
+    free = inner is noop_mask
+    whole = kinds == FULL
+    lookup = not free and bool((whole & (allowed == PARTIAL)).any())  # whole tiles never ask the mask's own mask_mod
+    b_step, h_step = int(kinds.shape[0] > 1), int(kinds.shape[1] > 1)
+    q_block, kv_block = mask.BLOCK_SIZE
+
+    def both(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if free:
+            return outer(b, h, q, k)
+        kept = inner(b, h, q, k)
+        if lookup:
+            kept = kept | whole[b * b_step, h * h_step, q // q_block, k // kv_block]
+        return kept & outer(b, h, q, k)
+
+    return block_mask(joint, (q_block, kv_block), lengths, both, transpose=transpose)

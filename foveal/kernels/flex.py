@@ -1,0 +1,81 @@
+"""Compiled FlexAttention: PyTorch's own block-sparse kernel, for ``BlockMask`` layouts."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from ..core.layouts import BlockMask, narrow
+from .call import AttentionCall
+
+
+def unavailable() -> str | None:
+    """Why FlexAttention cannot run on this machine, or None."""
+    if torch.cuda.is_available():
+        return None
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "torch.compile needs a C++ compiler on CPU; install g++ or clang"
+    return None
+
+
+def refusals(call: AttentionCall) -> list[str]:
+    """Reasons why FlexAttention cannot run the call."""
+    reasons = []
+    why = unavailable()
+    if why:
+        reasons.append(why)
+    if call.layout is not None and not isinstance(call.layout, BlockMask):
+        reasons.append(f"takes BlockMask layouts only; the call has a {type(call.layout).__name__}")
+    if call.q.device.type == "cpu" and call.needs_grad:
+        reasons.append("has no backward on CPU; use impl='gather'")
+    if call.q.dtype == torch.float64:
+        reasons.append("computes in float32 or lower")
+    if call.q.device.type == "cuda" and (call.q.shape[-1] < 16 or call.v.shape[-1] < 16):
+        reasons.append("needs head dimensions of at least 16 on CUDA")
+    return reasons
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex.flex_attention, dynamic=False)
+
+
+def _call(call: AttentionCall, score_mod: Any, mask: BlockMask) -> tuple[Tensor, Tensor]:
+    kwargs = {"score_mod": score_mod, "block_mask": mask, "scale": call.scale, "enable_gqa": call.groups > 1}
+    if hasattr(flex, "AuxRequest"):
+        out, aux = _compiled()(call.q, call.k, call.v, return_aux=flex.AuxRequest(lse=True), **kwargs)
+        return out, aux.lse
+    return _compiled()(call.q, call.k, call.v, return_lse=True, **kwargs)
+
+
+def score_mod(call: AttentionCall) -> Any:
+    """Softcap and relative-position bias as a FlexAttention ``score_mod``, or None."""
+    softcap, bias, shift = call.softcap, call.bias, call.base.shift
+    if softcap is None and bias is None:
+        return None
+    reach = 0 if bias is None else (bias.shape[1] - 1) // 2
+
+    def modify(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is not None:
+            score = score + bias[h, torch.clamp(k - (q + shift), -reach, reach) + reach]
+        return score
+
+    return modify
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``; rows that see nothing give zeros and −inf."""
+    block = (128, 128)
+    if call.layout is None and call.base.q_len < 128:
+        block = (max(16, 1 << (call.base.q_len - 1).bit_length()), 128)
+    mask = narrow(call.layout, call.base, block, transpose=call.needs_grad)  # type: ignore[arg-type]
+    out, lse = _call(call, score_mod(call), mask)
+    return out, lse
