@@ -242,6 +242,20 @@ class BaseMask:
                 self.cache["area"] = (before.gather(1, hi) - before.gather(1, lo)).sum(-1)
         return self.cache["area"]
 
+    def crop_keys(self, kv_len: int) -> BaseMask:
+        """The same mask over the first ``kv_len`` keys (keys of a static cache that nothing has been written to)."""
+        if kv_len == self.kv_len:
+            return self
+        hi = self.hi.clamp(max=kv_len)
+        valid = None if self.valid is None else self.valid[:, :kv_len]
+        if valid is not None and bool(valid.all()):
+            valid = None
+        plain = self.plain or (self.causal and valid is None and self.predicate is None and bool((self.lo == 0).all()) and int(self.rank[0, 0]) == 0)
+        return BaseMask(
+            self.q_len, kv_len, torch.minimum(self.lo, hi), hi, self.shift, self.causal, self.rank[:, :kv_len], valid,
+            self.predicate, plain, {k: v for k, v in self.cache.items() if k == "predicate_batch"},
+        )  # fmt: skip
+
     def to(self, device: torch.device | str) -> BaseMask:
         """The same mask with its tensors on ``device``."""
         if torch.device(device) == self.device:

@@ -209,13 +209,14 @@ def explain(
     mask: Layout | Pattern | None = None,
     *,
     causal: bool = False,
+    scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Explanation:
     """What ``impl="auto"`` would run for these arguments, why, and what speaks against every other implementation."""
-    call = prepare(q, k, v, mask, causal=causal, softcap=softcap, sink_logits=sink_logits, bias=bias, return_lse=return_lse)
+    call = prepare(q, k, v, mask, causal=causal, scale=scale, softcap=softcap, sink_logits=sink_logits, bias=bias, return_lse=return_lse)
     return choose(call.replace(return_lse=return_lse or sink_logits is not None))
 
 

@@ -34,6 +34,8 @@ def refusals(call: AttentionCall) -> list[str]:
         reasons.append(f"takes BlockMask layouts only; the call has a {type(call.layout).__name__}")
     if call.q.device.type == "cpu" and call.needs_grad:
         reasons.append("has no backward on CPU; use impl='gather'")
+    if call.q.device.type == "cpu" and call.return_lse:
+        reasons.append("does not return the log-sum-exp on CPU")
     if call.q.dtype == torch.float64:
         reasons.append("computes in float32 or lower")
     if call.q.device.type == "cuda" and (call.q.shape[-1] < 16 or call.v.shape[-1] < 16):
@@ -46,8 +48,10 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex.flex_attention, dynamic=False)
 
 
-def _call(call: AttentionCall, score_mod: Any, mask: BlockMask) -> tuple[Tensor, Tensor]:
+def _call(call: AttentionCall, score_mod: Any, mask: BlockMask) -> tuple[Tensor, Tensor | None]:
     kwargs = {"score_mod": score_mod, "block_mask": mask, "scale": call.scale, "enable_gqa": call.groups > 1}
+    if not call.return_lse:
+        return _compiled()(call.q, call.k, call.v, **kwargs), None
     if hasattr(flex, "AuxRequest"):
         out, aux = _compiled()(call.q, call.k, call.v, return_aux=flex.AuxRequest(lse=True), **kwargs)
         return out, aux.lse
@@ -71,11 +75,10 @@ def score_mod(call: AttentionCall) -> Any:
     return modify
 
 
-def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; rows that see nothing give zeros and −inf."""
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)``, lse only when asked for; rows that see nothing give zeros and −inf."""
     block = (128, 128)
     if call.layout is None and call.base.q_len < 128:
         block = (max(16, 1 << (call.base.q_len - 1).bit_length()), 128)
     mask = narrow(call.layout, call.base, block, transpose=call.needs_grad)  # type: ignore[arg-type]
-    out, lse = _call(call, score_mod(call), mask)
-    return out, lse
+    return _call(call, score_mod(call), mask)

@@ -34,11 +34,19 @@ def refusals(call: AttentionCall) -> list[str]:
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``."""
     layout = call.layout
+    if 0 in (call.q.shape[0], call.base.q_len, call.base.kv_len):
+        return _nothing(call)
     if layout is None or isinstance(layout, BlockMask):
         return _blocks(call, layout)
     if isinstance(layout, KeySelection):
         return _lists(call, layout)
     return _groups(call, layout)
+
+
+def _nothing(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """No batch, no rows or no keys: zeros and −inf, still connected to the inputs."""
+    out, lse = attend_rows(*(t.flatten(0, 2) for t in (call.q, call.k, call.v)), Plan(lambda: iter(())), _scores(call), call.bias)
+    return out.view(*call.q.shape[:3], call.v.shape[-1]), lse.view(call.q.shape[:3])
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:

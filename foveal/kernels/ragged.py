@@ -8,6 +8,7 @@ in a reused buffer that fits the cache; nothing is kept for backward but ``out``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,11 @@ def _softmax(buffers: _Buffers, s: Tensor, hidden: bool) -> tuple[Tensor, Tensor
     return p, lse
 
 
+def _units(rows: Tensor, unit: int) -> Tensor:
+    """``(R, C)`` or ``(R,)`` as ``(R/unit, unit·C)``, also when R is 0."""
+    return rows.view(rows.shape[0] // unit, unit * math.prod(rows.shape[1:]))
+
+
 class _Ragged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -116,8 +122,8 @@ class _Ragged(torch.autograd.Function):
         d, dv = k.shape[1], v.shape[1]
         out = torch.zeros(q.shape[0], dv, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
-        qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
-        kf, vf = k.view(-1, plan.k_unit * d), v.view(-1, plan.k_unit * dv)
+        qf, of, lf = _units(q, plan.q_unit), _units(out, plan.q_unit), _units(lse, plan.q_unit)
+        kf, vf = _units(k, plan.k_unit), _units(v, plan.k_unit)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
         buffers = _Buffers()
         for batch in plan.batches():
@@ -144,15 +150,15 @@ class _Ragged(torch.autograd.Function):
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
         # d lse enters every logit's gradient with the same weight as the row's own correction term
-        rows_term = (grad_lse.to(dtype) - (grad_out.to(dtype) * out.to(dtype)).sum(-1)).view(-1, plan.q_unit)
+        rows_term = _units(grad_lse.to(dtype) - (grad_out.to(dtype) * out.to(dtype)).sum(-1), plan.q_unit)
         gq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         gk = torch.zeros(k.shape, dtype=dtype, device=q.device)
         gv = torch.zeros(v.shape, dtype=dtype, device=q.device)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
         gt = None if flat_table is None else torch.zeros_like(flat_table)
-        qf, gof = q.view(-1, plan.q_unit * d), grad_out.contiguous().view(-1, plan.q_unit * dv)
-        kf, vf = k.view(-1, plan.k_unit * d), v.view(-1, plan.k_unit * dv)
-        gqf, gkf, gvf = gq.view(-1, plan.q_unit * d), gk.view(-1, plan.k_unit * d), gv.view(-1, plan.k_unit * dv)
+        qf, gof = _units(q, plan.q_unit), _units(grad_out.contiguous(), plan.q_unit)
+        kf, vf = _units(k, plan.k_unit), _units(v, plan.k_unit)
+        gqf, gkf, gvf = _units(gq, plan.q_unit), _units(gk, plan.k_unit), _units(gv, plan.k_unit)
         buffers = _Buffers()
         for batch in plan.batches():
             r = batch.q_rows.shape[0]

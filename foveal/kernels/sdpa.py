@@ -20,13 +20,17 @@ def refusals(call: AttentionCall) -> list[str]:
         reasons.append("would need the relative-position bias as an N×N tensor")
     if not base.plain or (base.causal and not _square(call) and base.q_len != 1):
         reasons.append("would need the mask (padding, window, documents, or a causal chunk after a cache) as an N×N tensor")
+    if call.scale <= 0 and base.causal:
+        reasons.append("gives NaN for a causal mask with a scale of 0 or below")
     if call.return_lse:
         if call.q.device.type != "cpu":
             reasons.append("does not return the log-sum-exp on this device")
+        elif call.needs_grad:
+            reasons.append("has no gradient through the log-sum-exp")
         elif call.q.shape[-1] != call.v.shape[-1]:
             reasons.append("returns the log-sum-exp only when D equals Dv")
-        elif call.q.numel() == 0:
-            reasons.append("has no rows to compute")
+        elif call.q.numel() == 0 or call.k.numel() == 0:
+            reasons.append("returns the log-sum-exp only where there are rows and keys")
     return reasons
 
 
@@ -46,4 +50,4 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(call.q, k, v, 0.0, causal, scale=call.scale)
     out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, is_causal=causal, scale=call.scale, enable_gqa=call.groups > 1)
-    return out, None
+    return out.to(call.q.dtype), None  # autocast may have lowered it

@@ -1,0 +1,26 @@
+"""Settings that all tests share: reproducible property tests, and no uninitialised memory that happens to hold zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "foveal", deadline=None, derandomize=True, database=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("foveal")
+
+
+@pytest.fixture(scope="module")
+def poison() -> Iterator[None]:
+    """Fill every ``torch.empty`` with NaN, so that reading memory which nobody wrote shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all(), "this torch does not fill uninitialised memory"
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,101 @@
+"""The one table of what is tested: patterns (rows) and hosts (situations a model can put them in).
+
+To test a new pattern, add a row to ``PATTERNS``; every promise in ``tests/patterns/test_matrix.py`` then applies to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from foveal.patterns import Dense, Pattern, SlidingWindow, Triangle
+
+from .support import Host
+
+Keeps = Callable[[Host, int, int, int], bool]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pattern under test.
+
+    Attributes:
+        pattern: an instance small enough to drop something at 100 to 300 tokens.
+        full: the same pattern with a budget that covers everything; must equal dense attention.
+        keeps: ``(host, b, i, j)``: whether the pattern keeps the pair, written down a second time from its definition;
+            None where the choice depends on the tensors.
+        block: rows that are selected together; pieces of a prompt end on multiples of it.
+        wrong: values out of range, ``(field, value)``.
+        refuses: hosts that the pattern refuses with ``UnsupportedError``.
+        extra: further fields of ``SelectContext``, made from q, k and the host.
+    """
+
+    pattern: Pattern
+    full: Pattern
+    keeps: Keeps | None = None
+    block: int = 1
+    wrong: tuple[tuple[str, Any], ...] = ()
+    refuses: frozenset[str] = frozenset()
+    extra: Callable[..., dict[str, Any]] | None = None
+
+
+def near(host: Host, b: int, i: int, j: int, window: int, sinks: int) -> bool:
+    """The definition of a window with sinks, for one pair that the host allows."""
+    own = host.first + i
+    ahead = host.kv_len if host.causal else window
+    return own - window < j < own + ahead or host.rank(b, j) < sinks
+
+
+def triangle(host: Host, b: int, i: int, j: int, window: int, sinks: int, rows: int) -> bool:
+    """The definition of a triangle: as ``near``, but the last rows of the call see everything."""
+    return i >= host.q_len - rows or near(host, b, i, j, window, sinks)
+
+
+PATTERNS: dict[str, Row] = {
+    "dense": Row(Dense(), Dense(), lambda *_: True),
+    "sliding_window": Row(
+        SlidingWindow(window=37, sinks=3),
+        SlidingWindow(window=1 << 20),
+        lambda host, b, i, j: near(host, b, i, j, 37, 3),
+        wrong=(("window", 0), ("window", -1), ("sinks", -1)),
+    ),
+    "sliding_window-1": Row(
+        SlidingWindow(window=1), SlidingWindow(window=1, sinks=1 << 20), lambda host, b, i, j: near(host, b, i, j, 1, 0)
+    ),
+    "sliding_window-130": Row(  # the window and the sinks both reach past a tile
+        SlidingWindow(window=130, sinks=129),
+        SlidingWindow(window=1 << 20, sinks=1 << 20),
+        lambda host, b, i, j: near(host, b, i, j, 130, 129),
+    ),
+    "triangle": Row(
+        Triangle(window=24, sinks=5, dense_rows=16),
+        Triangle(window=1, sinks=0, dense_rows=1 << 20),
+        lambda host, b, i, j: triangle(host, b, i, j, 24, 5, 16),
+        wrong=(("window", 0), ("sinks", -1), ("dense_rows", -1)),
+    ),
+}
+
+HOSTS: dict[str, Host] = {
+    **{f"causal-{n}": Host(n, n) for n in (1, 2, 63, 64, 65, 127, 128, 129, 257)},
+    "bidirectional": Host(130, 130, causal=False),
+    "second chunk": Host(30, 160, shift=130, after=130),
+    "decode": Host(1, 150, after=149),
+    "decode from a static cache": Host(1, 160, shift=139, after=139),
+    "static cache": Host(20, 160, shift=100, after=100),
+    "left padding": Host(133, 133, pads=((0, 0), (70, 0))),
+    "right padding": Host(70, 70, pads=((0, 20), (0, 0))),
+    "decode, left padding": Host(1, 140, pads=((50, 0), (0, 0), (139, 0)), after=139),
+    "encoder, padding": Host(70, 70, causal=False, pads=((0, 9), (0, 0))),
+    "documents": Host(135, 135, documents=((70, 65), (1, 64, 70))),
+    "host window": Host(140, 140, window=30),
+    "host window, decode": Host(1, 140, window=30, after=139),
+    "host chunk": Host(100, 100, chunk=48, pads=((0, 0), (20, 0))),
+    "cross": Host(70, 50, causal=False),
+}
+"""Situations: lengths around the edges of blocks, and everything that a model itself may demand."""
+
+
+def names_with_rows() -> set[str]:
+    """Registered names that have at least one row."""
+    return {row.pattern.registered_name for row in PATTERNS.values()}

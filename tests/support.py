@@ -1,0 +1,246 @@
+"""What tests compare against: a host's mask written as a sentence, and attention as a loop over single tokens.
+
+Neither uses ``foveal.core.base_mask`` nor ``foveal.kernels``: a mistake there cannot hide here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.core.base_mask import BaseMask
+from foveal.core.context import SelectContext
+from foveal.core.layouts import BlockMask, Groups, KeySelection, Layout
+from foveal.kernels.call import AttentionCall
+from foveal.kernels.dispatch import compute
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a model demands of its attention, in words.
+
+    Attributes:
+        q_len, kv_len, causal, shift, window, chunk: as in ``BaseMask.build``.
+        pads: per batch row, numbers of padding keys ``(left, right)``; ``()`` is a batch of one without padding.
+        documents: per batch row, the lengths of the packed documents; ``()`` for none.
+        after: tokens of the request that came before the first query (``q_offset``).
+    """
+
+    q_len: int
+    kv_len: int
+    causal: bool = True
+    shift: int | None = None
+    window: int | None = None
+    chunk: int | None = None
+    pads: tuple[tuple[int, int], ...] = ()
+    documents: tuple[tuple[int, ...], ...] = ()
+    after: int = 0
+
+    @property
+    def batch(self) -> int:
+        return max(len(self.pads), len(self.documents), 1)
+
+    @property
+    def first(self) -> int:
+        """Key index of query row 0."""
+        if self.shift is not None:
+            return self.shift
+        return self.kv_len - self.q_len if self.causal else 0
+
+    def real(self, b: int, j: int) -> bool:
+        """Whether key ``j`` is a token and not padding."""
+        left, right = self.pads[b] if self.pads else (0, 0)
+        return left <= j < self.kv_len - right
+
+    def document(self, b: int, j: int) -> int:
+        """Number of the document that token ``j`` belongs to."""
+        ends = [sum(self.documents[b][: n + 1]) for n in range(len(self.documents[b]))] if self.documents else [self.kv_len]
+        return next(n for n, end in enumerate(ends) if j < end)
+
+    def rank(self, b: int, j: int) -> int:
+        """Position of key ``j`` inside its own sequence."""
+        if self.documents:
+            return j - sum(self.documents[b][: self.document(b, j)])
+        return j - (self.pads[b][0] if self.pads else 0)
+
+    def allows(self, b: int, i: int, j: int) -> bool:
+        """Whether row ``i`` may see key ``j``."""
+        own = self.first + i
+        if not self.real(b, j) or (self.causal and j > own):
+            return False
+        if self.window is not None and (own - j >= self.window or j - own >= self.window):
+            return False
+        if self.documents and self.document(b, j) != self.document(b, own):
+            return False
+        if self.chunk is not None:
+            start = self.pads[b][0] if self.pads else 0
+            return (own - start) // self.chunk == (j - start) // self.chunk
+        return True
+
+    def base(self) -> BaseMask:
+        """The same demand as foveal's own object."""
+        valid = segments = start = None
+        if self.pads:
+            valid = torch.tensor([[self.real(b, j) for j in range(self.kv_len)] for b in range(self.batch)])
+            start = torch.tensor([left for left, _ in self.pads])
+        if self.documents:
+            segments = torch.tensor([[self.document(b, j) for j in range(self.kv_len)] for b in range(self.batch)])
+        return BaseMask.build(
+            self.q_len, self.kv_len, causal=self.causal, shift=self.shift, window=self.window, chunk=self.chunk,
+            chunk_start=start, valid=valid, segments=segments,
+        )  # fmt: skip
+
+    def dense(self) -> Tensor:
+        """``(B, Nq, Nk)`` bool, every pair asked on its own."""
+        rows = [[[self.allows(b, i, j) for j in range(self.kv_len)] for i in range(self.q_len)] for b in range(self.batch)]
+        return torch.tensor(rows, dtype=torch.bool).view(self.batch, self.q_len, self.kv_len)
+
+    def cut(self, first: int, last: int) -> Host:
+        """The same request when only rows ``first … last−1`` are new and later tokens do not exist yet."""
+        pads = tuple((left, max(0, right - (self.kv_len - last))) for left, right in self.pads)
+        return replace(self, q_len=last - first, kv_len=last, shift=first, pads=pads, after=first)
+
+    def alone(self, b: int) -> Host:
+        """Row ``b`` of the batch as a batch of one."""
+        return replace(self, pads=self.pads[b : b + 1], documents=self.documents[b : b + 1])
+
+
+def context(host: Host, scale: float | None = None, **extra: Any) -> SelectContext:
+    """What a pattern is told about this host."""
+    return SelectContext(base=host.base(), scale=scale, q_offset=host.after, **extra)
+
+
+def tensors(
+    host: Host, heads: int = 4, kv_heads: int = 2, dim: int = 8, dim_v: int = 6, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k, v; later tokens do not change earlier ones' values."""
+    make = torch.Generator().manual_seed(seed)
+    sizes = ((heads, host.q_len, dim), (kv_heads, host.kv_len, dim), (kv_heads, host.kv_len, dim_v))
+    q, k, v = (torch.randn(host.batch, *size, generator=make, dtype=torch.float64).to(dtype) for size in sizes)
+    return q, k, v
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, host: Host, impl: str = "gather", scale: float | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)`` of one implementation under a host's mask."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return compute(AttentionCall(q, k, v, layout, host.base(), scale, **options), impl)
+
+
+def listed(layout: Layout | None, b: int, h: int, i: int, shape: tuple[int, int, int, int]) -> list[list[int]]:
+    """Keys that the layout names for one query, one list for each set that the query belongs to.
+
+    ``shape`` is ``(H, Hkv, Nq, Nk)``.
+    """
+    heads, kv_heads, q_len, kv_len = shape
+    if layout is None:
+        return [list(range(kv_len))]
+    if isinstance(layout, BlockMask):
+        return [_tiles(layout, b, h, i, kv_len)]
+    if isinstance(layout, KeySelection):
+        per_list = heads // layout.index.shape[1]
+        row = layout.index[b if layout.index.shape[0] > 1 else 0, h // per_list, i // layout.block_size].tolist()
+        end = kv_len if layout.limit is None else int(layout.limit[b if layout.limit.shape[0] > 1 else 0, i])
+        return [[j for j in row if 0 <= j < end]]
+    return _sets(layout, b, h, i, (heads, kv_heads, q_len, kv_len))
+
+
+def _tiles(mask: BlockMask, b: int, h: int, i: int, kv_len: int) -> list[int]:
+    at = (b if mask.kv_indices.shape[0] > 1 else 0, h if mask.kv_indices.shape[1] > 1 else 0, i // mask.BLOCK_SIZE[0])
+    width = mask.BLOCK_SIZE[1]
+    keys: list[int] = []
+    for tile in mask.kv_indices[at][: int(mask.kv_num_blocks[at])].tolist():
+        inside = torch.arange(tile * width, min((tile + 1) * width, kv_len))
+        if inside.numel():
+            seen = mask.mask_mod(torch.tensor(b), torch.tensor(h), torch.tensor(i), inside)
+            keys += inside[seen.expand(inside.shape)].tolist()
+    if mask.full_kv_num_blocks is not None:
+        for tile in mask.full_kv_indices[at][: int(mask.full_kv_num_blocks[at])].tolist():
+            keys += range(tile * width, min((tile + 1) * width, kv_len))
+    return keys
+
+
+def _sets(groups: Groups, b: int, h: int, i: int, shape: tuple[int, int, int, int]) -> list[list[int]]:
+    heads, kv_heads, q_len, kv_len = shape
+    mine = (b * heads + h) * q_len + i if groups.per_head else b * q_len + i
+    head = h // (heads // kv_heads)
+    begin = ((b * kv_heads + head) if groups.per_head else b) * kv_len
+    found = []
+    for g in range(groups.cu_q.numel() - 1):
+        if mine in groups.q_index[groups.cu_q[g] : groups.cu_q[g + 1]].tolist():
+            ids = groups.k_index[groups.cu_k[g] : groups.cu_k[g + 1]].tolist()
+            found.append([j - begin for j in ids if begin <= j < begin + kv_len])
+    return found
+
+
+def loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout | None,
+    host: Host,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention, one query after the other: ``out``, ``lse`` and how often each pair is visible ``(B, H, Nq, Nk)``."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    seen = torch.zeros(batch, heads, q_len, kv_len, dtype=torch.long)
+    allowed = host.dense()
+    outs, lses = [], []
+    for b in range(batch):
+        for h in range(heads):
+            keys_h, values_h = k[b, h * kv_heads // heads], v[b, h * kv_heads // heads]
+            for i in range(q_len):
+                parts = []
+                for keys in listed(layout, b, h, i, (heads, kv_heads, q_len, kv_len)):
+                    keys = torch.tensor([j for j in keys if allowed[b, i, j]], dtype=torch.long)
+                    seen[b, h, i] += torch.bincount(keys, minlength=kv_len) if keys.numel() else 0
+                    s = keys_h[keys] @ q[b, h, i] * scale
+                    if softcap is not None:
+                        s = torch.tanh(s / softcap) * softcap
+                    if bias is not None:
+                        reach = bias.shape[1] // 2
+                        s = s + bias[h, (keys - i - host.first).clamp(-reach, reach) + reach]
+                    parts.append((s, values_h[keys]))
+                mean = isinstance(layout, Groups) and layout.combine == "mean"
+                out, lse = _average(parts, v) if mean else _softmax(parts, v)
+                if sink_logits is not None:
+                    both = torch.logaddexp(lse, sink_logits[h])
+                    out, lse = out * torch.exp(lse - both), both
+                outs.append(out)
+                lses.append(lse)
+    out = torch.stack(outs).view(batch, heads, q_len, v.shape[-1]) if outs else q.new_zeros(batch, heads, q_len, v.shape[-1])
+    return out, torch.stack(lses).view(batch, heads, q_len) if lses else q.new_zeros(batch, heads, q_len), seen
+
+
+def _softmax(parts: list[tuple[Tensor, Tensor]], v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = torch.cat([s for s, _ in parts]) if parts else v.new_zeros(0)
+    if scores.numel() == 0:
+        return v.new_zeros(v.shape[-1]), v.new_tensor(-math.inf)
+    e = torch.exp(scores - scores.max())
+    return (e / e.sum()) @ torch.cat([values for _, values in parts]), torch.log(e.sum()) + scores.max()
+
+
+def _average(parts: list[tuple[Tensor, Tensor]], v: Tensor) -> tuple[Tensor, Tensor]:
+    singles = [_softmax([part], v)[0] for part in parts]
+    mean = torch.stack(singles).mean(0) if singles else v.new_zeros(v.shape[-1])
+    return mean, _softmax(parts, v)[1]
+
+
+def assert_close(got: Tensor, expected: Tensor, atol: float = 1e-10, what: str = "") -> None:
+    """Equal within ``atol`` times the larger of 1 and the expected size; infinities must match, NaN never does."""
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    assert not got.isnan().any(), f"{what}: NaN"
+    same = (got == expected) | ((got.double() - expected.double()).abs() <= atol * expected.double().abs().clamp(min=1))
+    worst = (got.double() - expected.double()).abs().nan_to_num(0).max() if got.numel() else 0.0
+    assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} values differ, by up to {float(worst):.3g}"
