@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.patterns import Dense, Pattern, SlidingWindow, Triangle
+import numpy as np
+
+from foveal.core.budget import Budget
+from foveal.patterns import BlockTopK, Dense, Pattern, SlidingWindow, Triangle
 
 from .support import Host
 
-Keeps = Callable[[Host, int, int, int], bool]
+Keeps = Callable[[Host, int, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Row:
     Attributes:
         pattern: an instance small enough to drop something at 100 to 300 tokens.
         full: the same pattern with a budget that covers everything; must equal dense attention.
-        keeps: ``(host, b, i, j)``: whether the pattern keeps the pair, written down a second time from its definition;
-            None where the choice depends on the tensors.
+        keeps: ``(host, b, i, j)``: whether the pattern keeps pairs that the host allows, written down a second time from its
+            definition; None where the choice depends on the tensors.
         block: rows that are selected together; pieces of a prompt end on multiples of it.
         wrong: values out of range, ``(field, value)``.
         refuses: hosts that the pattern refuses with ``UnsupportedError``.
@@ -40,20 +43,20 @@ class Row:
     extra: Callable[..., dict[str, Any]] | None = None
 
 
-def near(host: Host, b: int, i: int, j: int, window: int, sinks: int) -> bool:
-    """The definition of a window with sinks, for one pair that the host allows."""
+def near(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int) -> np.ndarray:
+    """The definition of a window with sinks."""
     own = host.first + i
     ahead = host.kv_len if host.causal else window
-    return own - window < j < own + ahead or host.rank(b, j) < sinks
+    return ((own - window < j) & (j < own + ahead)) | (host.rank(b, j) < sinks)
 
 
-def triangle(host: Host, b: int, i: int, j: int, window: int, sinks: int, rows: int) -> bool:
+def triangle(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int, rows: int) -> np.ndarray:
     """The definition of a triangle: as ``near``, but the last rows of the call see everything."""
-    return i >= host.q_len - rows or near(host, b, i, j, window, sinks)
+    return (i >= host.q_len - rows) | near(host, b, i, j, window, sinks)
 
 
 PATTERNS: dict[str, Row] = {
-    "dense": Row(Dense(), Dense(), lambda *_: True),
+    "dense": Row(Dense(), Dense(), lambda host, b, i, j: i + j >= 0),
     "sliding_window": Row(
         SlidingWindow(window=37, sinks=3),
         SlidingWindow(window=1 << 20),
@@ -73,6 +76,26 @@ PATTERNS: dict[str, Row] = {
         Triangle(window=1, sinks=0, dense_rows=1 << 20),
         lambda host, b, i, j: triangle(host, b, i, j, 24, 5, 16),
         wrong=(("window", 0), ("sinks", -1), ("dense_rows", -1)),
+    ),
+    "block_topk-tokens": Row(
+        BlockTopK(Budget(tokens=48), q_block=16, kv_block=16, sinks=3, local=5),
+        BlockTopK(Budget(tokens=1 << 20), q_block=16, kv_block=16),
+        block=16,
+        wrong=(("q_block", 0), ("kv_block", 0), ("sinks", -1), ("local", -1)),
+    ),
+    "block_topk-density": Row(
+        BlockTopK(Budget(density=0.4), q_block=32, kv_block=16, sinks=0, per_head=False),
+        BlockTopK(Budget(density=1.0), q_block=32, kv_block=16),
+        block=32,
+    ),
+    "block_topk-mass": Row(
+        BlockTopK(Budget(mass=0.6), q_block=16, kv_block=8, sinks=2, local=3),
+        BlockTopK(Budget(mass=1.0), q_block=16, kv_block=8),
+        block=16,
+    ),
+    "block_topk-rows": Row(  # every row chooses for itself, as in decoding
+        BlockTopK(Budget(tokens=40), q_block=1, kv_block=8, sinks=2, local=4),
+        BlockTopK(Budget(tokens=1 << 20), q_block=1, kv_block=8),
     ),
 }
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,53 +52,55 @@ class Host:
             return self.shift
         return self.kv_len - self.q_len if self.causal else 0
 
-    def real(self, b: int, j: int) -> bool:
+    def real(self, b: int, j: np.ndarray) -> np.ndarray:
         """Whether key ``j`` is a token and not padding."""
         left, right = self.pads[b] if self.pads else (0, 0)
-        return left <= j < self.kv_len - right
+        return (left <= j) & (j < self.kv_len - right)
 
-    def document(self, b: int, j: int) -> int:
+    def document(self, b: int, j: np.ndarray) -> np.ndarray:
         """Number of the document that token ``j`` belongs to."""
-        ends = [sum(self.documents[b][: n + 1]) for n in range(len(self.documents[b]))] if self.documents else [self.kv_len]
-        return next(n for n, end in enumerate(ends) if j < end)
+        lengths = self.documents[b] if self.documents else (self.kv_len,)
+        return np.repeat(np.arange(len(lengths)), lengths)[j.clip(0, self.kv_len - 1)]
 
-    def rank(self, b: int, j: int) -> int:
+    def rank(self, b: int, j: np.ndarray) -> np.ndarray:
         """Position of key ``j`` inside its own sequence."""
         if self.documents:
-            return j - sum(self.documents[b][: self.document(b, j)])
+            return j - np.cumsum((0, *self.documents[b]))[self.document(b, j)]
         return j - (self.pads[b][0] if self.pads else 0)
 
-    def allows(self, b: int, i: int, j: int) -> bool:
-        """Whether row ``i`` may see key ``j``."""
+    def allows(self, b: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Whether row ``i`` may see key ``j``; elementwise."""
         own = self.first + i
-        if not self.real(b, j) or (self.causal and j > own):
-            return False
-        if self.window is not None and (own - j >= self.window or j - own >= self.window):
-            return False
-        if self.documents and self.document(b, j) != self.document(b, own):
-            return False
+        seen = self.real(b, j) & (own == own)
+        if self.causal:
+            seen &= j <= own
+        if self.window is not None:
+            seen &= (own - j < self.window) & (j - own < self.window)
+        if self.documents:
+            seen &= self.document(b, j) == self.document(b, own)
         if self.chunk is not None:
             start = self.pads[b][0] if self.pads else 0
-            return (own - start) // self.chunk == (j - start) // self.chunk
-        return True
+            seen &= (own - start) // self.chunk == (j - start) // self.chunk
+        return seen
 
     def base(self) -> BaseMask:
         """The same demand as foveal's own object."""
         valid = segments = start = None
+        keys = np.arange(self.kv_len)
         if self.pads:
-            valid = torch.tensor([[self.real(b, j) for j in range(self.kv_len)] for b in range(self.batch)])
+            valid = torch.from_numpy(np.stack([self.real(b, keys) for b in range(self.batch)]))
             start = torch.tensor([left for left, _ in self.pads])
         if self.documents:
-            segments = torch.tensor([[self.document(b, j) for j in range(self.kv_len)] for b in range(self.batch)])
+            segments = torch.from_numpy(np.stack([self.document(b, keys) for b in range(self.batch)]))
         return BaseMask.build(
             self.q_len, self.kv_len, causal=self.causal, shift=self.shift, window=self.window, chunk=self.chunk,
             chunk_start=start, valid=valid, segments=segments,
         )  # fmt: skip
 
-    def dense(self) -> Tensor:
-        """``(B, Nq, Nk)`` bool, every pair asked on its own."""
-        rows = [[[self.allows(b, i, j) for j in range(self.kv_len)] for i in range(self.q_len)] for b in range(self.batch)]
-        return torch.tensor(rows, dtype=torch.bool).view(self.batch, self.q_len, self.kv_len)
+    def dense(self) -> np.ndarray:
+        """``(B, Nq, Nk)`` bool."""
+        rows, keys = np.arange(self.q_len)[:, None], np.arange(self.kv_len)[None]
+        return np.stack([self.allows(b, rows, keys) for b in range(self.batch)])
 
     def cut(self, first: int, last: int) -> Host:
         """The same request when only rows ``first … last−1`` are new and later tokens do not exist yet."""
@@ -132,14 +135,14 @@ def run(
     return compute(AttentionCall(q, k, v, layout, host.base(), scale, **options), impl)
 
 
-def listed(layout: Layout | None, b: int, h: int, i: int, shape: tuple[int, int, int, int]) -> list[list[int]]:
+def listed(layout: Layout | None, b: int, h: int, i: int, shape: tuple[int, int, int, int]) -> list[Any]:
     """Keys that the layout names for one query, one list for each set that the query belongs to.
 
     ``shape`` is ``(H, Hkv, Nq, Nk)``.
     """
     heads, kv_heads, q_len, kv_len = shape
     if layout is None:
-        return [list(range(kv_len))]
+        return [range(kv_len)]
     if isinstance(layout, BlockMask):
         return [_tiles(layout, b, h, i, kv_len)]
     if isinstance(layout, KeySelection):
@@ -150,19 +153,20 @@ def listed(layout: Layout | None, b: int, h: int, i: int, shape: tuple[int, int,
     return _sets(layout, b, h, i, (heads, kv_heads, q_len, kv_len))
 
 
-def _tiles(mask: BlockMask, b: int, h: int, i: int, kv_len: int) -> list[int]:
+def _tiles(mask: BlockMask, b: int, h: int, i: int, kv_len: int) -> np.ndarray:
     at = (b if mask.kv_indices.shape[0] > 1 else 0, h if mask.kv_indices.shape[1] > 1 else 0, i // mask.BLOCK_SIZE[0])
-    width = mask.BLOCK_SIZE[1]
-    keys: list[int] = []
-    for tile in mask.kv_indices[at][: int(mask.kv_num_blocks[at])].tolist():
-        inside = torch.arange(tile * width, min((tile + 1) * width, kv_len))
-        if inside.numel():
-            seen = mask.mask_mod(torch.tensor(b), torch.tensor(h), torch.tensor(i), inside)
-            keys += inside[seen.expand(inside.shape)].tolist()
-    if mask.full_kv_num_blocks is not None:
-        for tile in mask.full_kv_indices[at][: int(mask.full_kv_num_blocks[at])].tolist():
-            keys += range(tile * width, min((tile + 1) * width, kv_len))
-    return keys
+    cut = _columns(mask.kv_indices[at][: int(mask.kv_num_blocks[at])], mask.BLOCK_SIZE[1], kv_len)
+    if cut.numel():
+        cut = cut[mask.mask_mod(torch.tensor(b), torch.tensor(h), torch.tensor(i), cut).expand(cut.shape)]
+    if mask.full_kv_num_blocks is None:
+        return cut.numpy()
+    whole = _columns(mask.full_kv_indices[at][: int(mask.full_kv_num_blocks[at])], mask.BLOCK_SIZE[1], kv_len)
+    return torch.cat([cut, whole]).numpy()
+
+
+def _columns(tiles: Tensor, width: int, kv_len: int) -> Tensor:
+    keys = (tiles.long()[:, None] * width + torch.arange(width)).view(-1)
+    return keys[keys < kv_len]
 
 
 def _sets(groups: Groups, b: int, h: int, i: int, shape: tuple[int, int, int, int]) -> list[list[int]]:
@@ -190,51 +194,52 @@ def loop(
     bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention, one query after the other: ``out``, ``lse`` and how often each pair is visible ``(B, H, Nq, Nk)``."""
+    """Attention in float64, one query after the other, in NumPy.
+
+    Returns:
+        ``out`` ``(B, H, Nq, Dv)``, ``lse`` ``(B, H, Nq)``, and how often each pair is visible ``(B, H, Nq, Nk)``.
+    """
+    qs, ks, vs = (t.detach().double().numpy() for t in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    batch, heads, q_len, _ = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    seen = torch.zeros(batch, heads, q_len, kv_len, dtype=torch.long)
+    batch, heads, q_len, _ = qs.shape
+    kv_heads, kv_len = ks.shape[1:3]
+    out, lse = np.zeros((batch, heads, q_len, vs.shape[3])), np.full((batch, heads, q_len), -np.inf)
+    seen = np.zeros((batch, heads, q_len, kv_len), dtype=np.int64)
     allowed = host.dense()
-    outs, lses = [], []
+    mean = isinstance(layout, Groups) and layout.combine == "mean"
     for b in range(batch):
         for h in range(heads):
-            keys_h, values_h = k[b, h * kv_heads // heads], v[b, h * kv_heads // heads]
+            own = h * kv_heads // heads
             for i in range(q_len):
                 parts = []
-                for keys in listed(layout, b, h, i, (heads, kv_heads, q_len, kv_len)):
-                    keys = torch.tensor([j for j in keys if allowed[b, i, j]], dtype=torch.long)
-                    seen[b, h, i] += torch.bincount(keys, minlength=kv_len) if keys.numel() else 0
-                    s = keys_h[keys] @ q[b, h, i] * scale
+                for listing in listed(layout, b, h, i, (heads, kv_heads, q_len, kv_len)):
+                    keys = np.array(listing, dtype=np.int64)
+                    keys = keys[allowed[b, i, keys]]
+                    np.add.at(seen[b, h, i], keys, 1)
+                    s = ks[b, own, keys] @ qs[b, h, i] * scale
                     if softcap is not None:
-                        s = torch.tanh(s / softcap) * softcap
+                        s = np.tanh(s / softcap) * softcap
                     if bias is not None:
                         reach = bias.shape[1] // 2
-                        s = s + bias[h, (keys - i - host.first).clamp(-reach, reach) + reach]
-                    parts.append((s, values_h[keys]))
-                mean = isinstance(layout, Groups) and layout.combine == "mean"
-                out, lse = _average(parts, v) if mean else _softmax(parts, v)
+                        s = s + bias.detach().double().numpy()[h, (keys - i - host.first).clip(-reach, reach) + reach]
+                    parts.append((s, vs[b, own, keys]))
+                if parts:
+                    s, values = (np.concatenate(some) for some in zip(*parts, strict=True))
+                    out[b, h, i], lse[b, h, i] = _softmax(s, values)
+                    if mean:
+                        out[b, h, i] = np.mean([_softmax(*part)[0] for part in parts], 0)
                 if sink_logits is not None:
-                    both = torch.logaddexp(lse, sink_logits[h])
-                    out, lse = out * torch.exp(lse - both), both
-                outs.append(out)
-                lses.append(lse)
-    out = torch.stack(outs).view(batch, heads, q_len, v.shape[-1]) if outs else q.new_zeros(batch, heads, q_len, v.shape[-1])
-    return out, torch.stack(lses).view(batch, heads, q_len) if lses else q.new_zeros(batch, heads, q_len), seen
+                    both = np.logaddexp(lse[b, h, i], float(sink_logits[h]))
+                    out[b, h, i] *= np.exp(lse[b, h, i] - both)
+                    lse[b, h, i] = both
+    return torch.from_numpy(out), torch.from_numpy(lse), torch.from_numpy(seen)
 
 
-def _softmax(parts: list[tuple[Tensor, Tensor]], v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = torch.cat([s for s, _ in parts]) if parts else v.new_zeros(0)
-    if scores.numel() == 0:
-        return v.new_zeros(v.shape[-1]), v.new_tensor(-math.inf)
-    e = torch.exp(scores - scores.max())
-    return (e / e.sum()) @ torch.cat([values for _, values in parts]), torch.log(e.sum()) + scores.max()
-
-
-def _average(parts: list[tuple[Tensor, Tensor]], v: Tensor) -> tuple[Tensor, Tensor]:
-    singles = [_softmax([part], v)[0] for part in parts]
-    mean = torch.stack(singles).mean(0) if singles else v.new_zeros(v.shape[-1])
-    return mean, _softmax(parts, v)[1]
+def _softmax(s: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float]:
+    if s.size == 0:
+        return np.zeros(values.shape[1]), -np.inf
+    e = np.exp(s - s.max())
+    return e / e.sum() @ values, float(np.log(e.sum()) + s.max())
 
 
 def assert_close(got: Tensor, expected: Tensor, atol: float = 1e-10, what: str = "") -> None:

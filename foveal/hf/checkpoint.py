@@ -33,9 +33,10 @@ def read_checkpoint(name: str, dtype: torch.dtype | None, remote: bool) -> tuple
         config = AutoConfig.from_pretrained(name, **options)
         _check_causal(config, name)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
+        model, info = loaded
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, SafetensorError, JSON errors, …

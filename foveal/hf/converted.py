@@ -61,9 +61,10 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch turns off
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
             )
+        model, info = loaded
     except MemoryError:
         raise
     except Exception as error:  # the readers raise whatever the damaged bytes make them raise

@@ -92,6 +92,7 @@ def _text_config(model: nn.Module) -> object | None:
 def depth(model: nn.Module, found: list[AttentionSite]) -> int:
     """Number of self-attention layers, also where layers share one module (ALBERT)."""
     own = sum(s.index >= 0 for s in found)
-    declared = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    shared = isinstance(declared, int) and getattr(model.config, "num_hidden_groups", declared) < declared  # type: ignore[union-attr]
-    return declared if shared and isinstance(declared, int) else own
+    config = model.config
+    if isinstance(getattr(config, "num_hidden_groups", None), int):
+        return config.num_hidden_layers * config.inner_group_num
+    return own

@@ -63,7 +63,7 @@ class Surroundings:
 
     cache: Any = None
     cache_layer: int | None = None
-    keys_before: tuple[Tensor | None, int] | None = None
+    keys_before: tuple[Tensor, int] | None = None
     hidden_states: Tensor | None = None
     position_ids: Tensor | None = None
     cross: bool = False
@@ -141,8 +141,7 @@ def attend(
     """Attention of one module under a handle; ``(B, Nq, H, Dv)`` as transformers expects it."""
     refuse_unhonoured(module, dropout, kwargs)
     site, around = handle.sites[module], handle.surroundings.get(module) or Surroundings()
-    if mask is None:
-        handle.note_unmasked(module)
+    handle.watch_recompute(module)
     base, q_offset = base_mask(handle, module, mask, query, key, is_causal)
     base = base.to(query.device)
     _refuse_resets(base, around)
@@ -153,7 +152,7 @@ def attend(
         key, value = key[:, :, :end], value[:, :, :end]
     cross = site.index < 0 or around.cross
     index = -1 if cross else handle.next_index(site)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scale = _scale(module, query.shape[-1]) if scaling is None else scaling
     call = AttentionCall(query, key, value, None, base, float(scale), kwargs.get("softcap"), None, return_lse=False)
     _check(call, site.name)
     sinks = kwargs.get("s_aux")
@@ -170,6 +169,12 @@ def attend(
     return out.transpose(1, 2).contiguous()
 
 
+def _scale(module: nn.Module, dim: int) -> float:
+    """Scale of a module that passes none: GPT-2's eager attention reads it from the module in older transformers."""
+    scale = dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale  # type: ignore[operator]
+
+
 def _check(call: AttentionCall, name: str) -> None:
     if call.q.shape[1] % call.k.shape[1]:
         raise ShapeError(f"{name} has {call.q.shape[1]} query heads and {call.k.shape[1]} key heads; num_heads must be a multiple of num_kv_heads.")
@@ -182,7 +187,7 @@ def _refuse_resets(base: BaseMask, around: Surroundings) -> None:
         return
     memo = "resets"
     if memo not in base.cache:
-        falls = positions[:, 1:] < positions[:, :-1]
+        falls = positions[:, 1:] <= positions[:, :-1]
         if base.valid is not None:  # the host numbers padding anyhow
             real = base.valid[:, base.shift : base.shift + base.q_len]
             falls = falls & real[:, 1:] & real[:, :-1]

@@ -209,13 +209,13 @@ def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask
         kv_offset: int = 0, attention_mask: Tensor | None = None, cache_position: Tensor | None = None,
         device: torch.device | str | None = None, **kwargs: Any,
     ) -> HostMask:  # fmt: skip
+        offset = int(q_offset)  # a static cache counts up its own tensor in place
         given = {"batch_size": batch_size, "kv_length": kv_length, "mask_function": mask_function, "kv_offset": kv_offset, "attention_mask": attention_mask, **kwargs}  # fmt: skip # noqa: E501
         if cache_position is not None:  # transformers before 5.17
             given["cache_position"] = cache_position
-            q_length, q_offset = cache_position.shape[0], int(cache_position[0])
-            device = cache_position.device
+            q_length, offset, device = cache_position.shape[0], int(cache_position[0]), cache_position.device
         else:
-            given |= {"q_length": q_length, "q_offset": q_offset, "device": device}
+            given |= {"q_length": q_length, "q_offset": offset, "device": device}
         if q_length is None:
             raise UnsupportedError("transformers asked for a mask without a query length; this version of transformers is not supported.")
 
@@ -224,7 +224,6 @@ def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask
 
             return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**given) if implementation in ALL_MASK_ATTENTION_FUNCTIONS else None
 
-        offset = int(q_offset)
         scalar = bool(kwargs.get("use_vmap", False))
         base = build_base(q_length, kv_length, offset, kv_offset, mask_function, attention_mask, device or "cpu", scalar)
         base.cache["predicate_batch"] = batch_size

@@ -15,7 +15,7 @@ from ..core.context import State
 class _Entry:
     state: State
     seen: int
-    keys: weakref.ref[Tensor] | None
+    keys: weakref.ref[Tensor]
     version: int
 
 
@@ -24,13 +24,13 @@ class RequestStates:
 
     The attention function never sees the cache change hands: beam search reorders it, assisted decoding crops it. So every
     entry remembers which key tensor it belongs to, and how long it was; when either no longer matches, the state is gone
-    and the pattern rebuilds it from the keys.
+    and the pattern rebuilds it from the keys. For caches that do not show their key tensors nothing is remembered.
     """
 
     def __init__(self) -> None:
         self._store: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], _Entry]] = weakref.WeakKeyDictionary()
 
-    def get(self, cache: Any, slot: tuple[int, int], q_offset: int, keys_before: tuple[Tensor | None, int] | None) -> State:
+    def get(self, cache: Any, slot: tuple[int, int], q_offset: int, keys_before: tuple[Tensor, int] | None) -> State:
         """The state to go on with, or None when there is none or it no longer fits.
 
         Args:
@@ -39,27 +39,24 @@ class RequestStates:
             q_offset: tokens that the cache held before this call.
             keys_before: the cache layer's key tensor and its version, read before this call updated it.
         """
-        if cache is None:
+        if cache is None or keys_before is None:
             return None
         entry = self._store.get(cache, {}).get(slot)
         if entry is None or entry.seen != q_offset:
             return None
-        if entry.keys is not None and keys_before is not None:
-            tensor, version = keys_before
-            if entry.keys() is not tensor or (version >= 0 and version != entry.version):
-                return None
-        return entry.state
+        tensor, version = keys_before
+        same = entry.keys() is tensor and (version < 0 or version == entry.version)
+        return entry.state if same else None
 
-    def put(self, cache: Any, slot: tuple[int, int], state: State, seen: int, keys_now: tuple[Tensor | None, int] | None) -> None:
+    def put(self, cache: Any, slot: tuple[int, int], state: State, seen: int, keys_now: tuple[Tensor, int] | None) -> None:
         """Remember what ``select`` returned; ``seen`` counts the tokens in the cache now."""
-        if cache is None or state is None:
+        if cache is None or state is None or keys_now is None:
             return
-        tensor, version = keys_now or (None, -1)
-        ref = None if tensor is None else weakref.ref(tensor)
-        self._store.setdefault(cache, {})[slot] = _Entry(state, seen, ref, version)
+        tensor, version = keys_now
+        self._store.setdefault(cache, {})[slot] = _Entry(state, seen, weakref.ref(tensor), version)
 
 
-def cache_keys(cache: Any, layer: int | None) -> tuple[Tensor | None, int] | None:
+def cache_keys(cache: Any, layer: int | None) -> tuple[Tensor, int] | None:
     """The key tensor that a cache holds for a layer, with its modification count (−1 where PyTorch keeps none)."""
     layers = getattr(cache, "layers", None)
     if layers is None or layer is None or layer >= len(layers):

@@ -128,7 +128,7 @@ def _block_batches(call: AttentionCall, mask: BlockMask, kinds: Tensor) -> Itera
                 args = q_pos.clamp(max=base.q_len - 1), k_pos.clamp(max=base.kv_len - 1)
                 kept = mask.mask_mod(b[:, None, None, None, None], head, *args) & inside
                 kept = kept.expand(-1, per_row, q_block, n_cut, kv_block)
-                hide = (n_whole * kv_block, ~kept.reshape(len(rows), per_row * q_block, n_cut * kv_block))
+                hide = (n_whole * kv_block, ~kept)
             if call.bias is not None:
                 k_all = (index[:, :, None] * kv_block + k_in)[:, None, None]
                 column = relative_index(call, q_pos, k_all) + head * call.bias.shape[1]
@@ -184,7 +184,7 @@ def _list_batches(call: AttentionCall, layout: KeySelection) -> Iterator[Batch]:
         hide = None
         if not bool(seen.all()):
             spread = seen.expand(batch, rows_h, -1, -1, -1)[:, :, :, None].expand(-1, -1, -1, per_row, -1, -1)
-            hide = (0, ~spread.reshape(count, per_row * layout.block_size, -1))
+            hide = (0, ~spread.reshape(count, per_row, layout.block_size, -1))
         bias = None
         if call.bias is not None:
             head = ((first_head[:, :, None] + in_group).expand(batch, -1, -1))[:, :, None, :, None, None]
@@ -274,7 +274,7 @@ def _group_plan(call: AttentionCall, layout: Groups) -> tuple[Tensor, Plan]:
                     if call.bias is not None:
                         head = (ids // q_len) % heads if layout.per_head else torch.full_like(ids, h)
                         bias = relative_index(call, i[:, :, None], j[:, None, :]) + head[:, :, None] * call.bias.shape[1]
-                    yield Batch(rows_q, rows_k, None if bool(seen.all()) else (0, ~seen), bias)
+                    yield Batch(rows_q, rows_k, None if bool(seen.all()) else (0, ~seen[:, None]), bias)
 
     return owner, Plan(batches)
 

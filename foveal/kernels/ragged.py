@@ -4,6 +4,8 @@ A *plan* is a sequence of batches. In each batch, R small attentions run at once
 ``q_rows[r]`` and the key rows ``k_rows[r]`` (in units of ``q_unit`` and ``k_unit`` consecutive rows of the flattened
 tensors), hides the pairs that ``hide`` names, and writes its output back to the same query rows. Scores of one batch live
 in a reused buffer that fits the cache; nothing is kept for backward but ``out`` and ``lse``.
+
+Inside, logits are in base 2 (``log2(e)`` is folded into the matrix product): ``exp2`` costs a third of ``exp`` on CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 
+LOG2_E = 1.0 / math.log(2.0)
+CONVERT_READS = 2
+"""Keys and values in half precision are converted as a whole when each is read at least this often on average."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -27,7 +33,8 @@ class Batch:
     Attributes:
         q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is written by at most one attention.
         k_rows: ``(R, L/k_unit)`` int64 row units of the flattened k and v.
-        hide: None, or ``(first_column, mask)``: ``mask`` is ``(R, M, L − first_column)`` or broadcastable, True hides.
+        hide: None, or ``(first_column, mask)``, True hides: ``mask`` is ``(R, G or 1, M/G, *columns)`` where the sizes of
+            ``columns`` multiply to ``L − first_column`` and consecutive rows are split into G equal parts.
         bias: None, or ``(R, M, L)`` indices into the flattened bias table.
     """
 
@@ -39,11 +46,18 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Batches, made afresh each time they are walked so that masks never pile up, and the sizes of a row unit."""
+    """Batches, made afresh each time they are walked so that masks never pile up, and the sizes of a row unit.
 
-    batches: Callable[[], Iterator[Batch]]
+    Attributes:
+        batches: called once for forward and once for backward.
+        q_unit, k_unit: consecutive rows per unit.
+        key_reads: how many key rows all batches gather together, roughly; decides how half precision is converted.
+    """
+
+    batches: Callable[[], Iterable[Batch]]
     q_unit: int = 1
     k_unit: int = 1
+    key_reads: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,62 +71,67 @@ class Scores:
 class _Buffers:
     """Scratch memory, reused between batches of one pass (batches differ in size, never in role)."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._store: dict[str, Tensor] = {}
+        self._device = device
 
-    def get(self, role: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        size = 1
-        for s in shape:
-            size *= s
+    def get(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
         flat = self._store.get(role)
         if flat is None or flat.numel() < size:
-            flat = self._store[role] = torch.empty(size, dtype=dtype, device=like.device)
+            flat = self._store[role] = torch.empty(size, dtype=dtype, device=self._device)
         return flat[:size].view(shape)
 
+    def take(self, role: str, source: Tensor, rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+        """Row units ``rows`` ``(R, units)`` of ``source`` ``(all_units, unit·C)`` as ``(R, units·unit, C = width)`` in ``dtype``."""
+        flat = rows.reshape(-1)
+        out = self.get(role, (flat.shape[0], source.shape[1]), source.dtype)
+        torch.index_select(source, 0, flat, out=out)
+        if source.dtype != dtype:
+            out = self.get(role + " converted", (flat.shape[0], source.shape[1]), dtype).copy_(out)
+        return out.view(rows.shape[0], -1, width)
 
-def _take(buffers: _Buffers, role: str, source: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of ``source`` ``(units, unit·C)`` as ``(R, units·unit, C)`` in the compute dtype."""
-    count, width = rows.numel(), source.shape[1]
-    out = buffers.get(role, (count, width), source, source.dtype)
-    torch.index_select(source, 0, rows.reshape(-1), out=out)
-    return out if source.dtype == dtype else out.to(dtype)
+
+def _pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:
+    """``out = start + alpha · a·bᵀ`` for ``(R, M, C)`` and ``(R, L, C)``; ``start`` is ``(R, M, 1)``.
+
+    A single product is run as two halves, because a batch of one keeps only one core busy.
+    """
+    r, m, length = out.shape
+    view = out
+    if r == 1 and m % 2 == 0 and out.device.type == "cpu":
+        a, b, view = a.view(2, m // 2, -1), b.expand(2, -1, -1), out.view(2, m // 2, length)
+        start = None if start is None else start.view(2, m // 2, 1)
+    if start is None:
+        torch.baddbmm(view, a, b.transpose(1, 2), beta=0, alpha=alpha, out=view)
+    else:
+        torch.baddbmm(start.expand(view.shape), a, b.transpose(1, 2), alpha=alpha, out=view)
+    return out
 
 
-def _logits(buffers: _Buffers, qg: Tensor, kg: Tensor, batch: Batch, scores: Scores, table: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Masked logits ``(R, M, L)`` and, under a softcap, the tanh needed by backward."""
-    shape = (qg.shape[0], qg.shape[1], kg.shape[1])
-    s = buffers.get("scores", shape, qg, qg.dtype)
-    torch.baddbmm(s, qg, kg.transpose(1, 2), beta=0, alpha=scores.scale, out=s)
+def _logits(
+    buffers: _Buffers, qg: Tensor, kg: Tensor, batch: Batch, scores: Scores, table: Tensor | None, minus: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Masked base-2 logits ``(R, M, L)``, less ``minus`` ``(R, M, 1)``; and, under a softcap, the tanh that backward needs."""
+    s = buffers.get("scores", (qg.shape[0], qg.shape[1], kg.shape[1]), qg.dtype)
     tanh = None
-    if scores.softcap is not None:
-        s.div_(scores.softcap).tanh_()
-        tanh = s.clone()
-        s.mul_(scores.softcap)
+    if scores.softcap is None:
+        _pair_products(qg, kg, s, scores.scale * LOG2_E, None if minus is None else minus.neg())
+    else:
+        _pair_products(qg, kg, s, scores.scale / scores.softcap)
+        s.tanh_()
+        if minus is not None:
+            tanh = buffers.get("tanh", tuple(s.shape), s.dtype).copy_(s)
+        s.mul_(scores.softcap * LOG2_E)
+        if minus is not None:
+            s.sub_(minus)
     if batch.bias is not None and table is not None:
-        s.add_(table[batch.bias])
+        s.add_(table[batch.bias], alpha=LOG2_E)
     if batch.hide is not None:
         first, mask = batch.hide
-        s[:, :, first:].masked_fill_(mask, -torch.inf)
+        part = s.view(s.shape[0], -1, mask.shape[2], s.shape[2])[..., first:]
+        part.unflatten(-1, mask.shape[3:]).masked_fill_(mask, -torch.inf)
     return s, tanh
-
-
-def _softmax(buffers: _Buffers, s: Tensor, hidden: bool) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp; a row with no visible key gets weights 0 and lse −inf."""
-    top = s.amax(-1, keepdim=True)
-    p = buffers.get("weights", tuple(s.shape), s, s.dtype)
-    torch.softmax(s, -1, out=p)
-    lse = top - p.amax(-1, keepdim=True).log_()  # the largest weight is exp(top − lse)
-    if hidden:
-        blind = torch.isinf(top) & (top < 0)
-        if bool(blind.any()):
-            p.masked_fill_(blind, 0.0)
-            lse.masked_fill_(blind, -torch.inf)
-    return p, lse
-
-
-def _units(rows: Tensor, unit: int) -> Tensor:
-    """``(R, C)`` or ``(R,)`` as ``(R/unit, unit·C)``, also when R is 0."""
-    return rows.view(rows.shape[0] // unit, unit * math.prod(rows.shape[1:]))
 
 
 class _Ragged(torch.autograd.Function):
@@ -122,22 +141,25 @@ class _Ragged(torch.autograd.Function):
         d, dv = k.shape[1], v.shape[1]
         out = torch.zeros(q.shape[0], dv, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
-        qf, of, lf = _units(q, plan.q_unit), _units(out, plan.q_unit), _units(lse, plan.q_unit)
-        kf, vf = _units(k, plan.k_unit), _units(v, plan.k_unit)
+        qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
+        kf, vf = _key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
-        buffers = _Buffers()
+        buffers = _Buffers(q.device)
         for batch in plan.batches():
-            r = batch.q_rows.shape[0]
-            qg = _take(buffers, "q", qf, batch.q_rows, dtype).view(r, -1, d)
-            kg = _take(buffers, "k", kf, batch.k_rows, dtype).view(r, -1, d)
-            vg = _take(buffers, "v", vf, batch.k_rows, dtype).view(r, -1, dv)
+            qg = buffers.take("q", qf, batch.q_rows, dtype, d)
+            kg = buffers.take("k", kf, batch.k_rows, dtype, d)
+            vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
             s, _ = _logits(buffers, qg, kg, batch, scores, flat_table)
-            p, part = _softmax(buffers, s, batch.hide is not None)
-            og = buffers.get("out", (r, qg.shape[1], dv), qg, dtype)
-            torch.bmm(p, vg, out=og)
+            top = s.amax(-1, keepdim=True)
+            floor = top
+            if batch.hide is not None or batch.bias is not None:
+                floor = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing gets weights 0, not NaN
+            s.sub_(floor).exp2_()
+            norm = s.sum(-1, keepdim=True).clamp_(min=1.0)  # at least 1 in every row that sees a key
+            og = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype)).div_(norm)
             where = batch.q_rows.reshape(-1)
-            of.index_copy_(0, where, og.view(where.numel(), -1).to(q.dtype))
-            lf.index_copy_(0, where, part.view(where.numel(), -1))
+            of.index_copy_(0, where, og.view(where.shape[0], -1).to(q.dtype))
+            lf.index_copy_(0, where, norm.log2_().add_(top).div_(LOG2_E).view(where.shape[0], -1))
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.plan, ctx.scores = plan, scores
         return out, lse
@@ -145,47 +167,64 @@ class _Ragged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, table, out, _ = ctx.saved_tensors
+        q, k, v, table, out, lse = ctx.saved_tensors
         plan, scores = ctx.plan, ctx.scores
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
-        # d lse enters every logit's gradient with the same weight as the row's own correction term
-        rows_term = _units(grad_lse.to(dtype) - (grad_out.to(dtype) * out.to(dtype)).sum(-1), plan.q_unit)
+        grad_out = grad_out.contiguous()
+        rows_term = _rows_term(grad_out, out, grad_lse.to(dtype)).view(-1, plan.q_unit)
+        base2 = lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E).view(-1, plan.q_unit)  # blind rows: all logits are −inf
         gq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         gk = torch.zeros(k.shape, dtype=dtype, device=q.device)
         gv = torch.zeros(v.shape, dtype=dtype, device=q.device)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
         gt = None if flat_table is None else torch.zeros_like(flat_table)
-        qf, gof = _units(q, plan.q_unit), _units(grad_out.contiguous(), plan.q_unit)
-        kf, vf = _units(k, plan.k_unit), _units(v, plan.k_unit)
-        gqf, gkf, gvf = _units(gq, plan.q_unit), _units(gk, plan.k_unit), _units(gv, plan.k_unit)
-        buffers = _Buffers()
+        qf, gof = q.view(-1, plan.q_unit * d), grad_out.view(-1, plan.q_unit * dv)
+        kf, vf = _key_units(k, v, plan, dtype)
+        gqf, gkf, gvf = gq.view(-1, plan.q_unit * d), gk.view(-1, plan.k_unit * d), gv.view(-1, plan.k_unit * dv)
+        buffers = _Buffers(q.device)
         for batch in plan.batches():
             r = batch.q_rows.shape[0]
             where, source = batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
-            qg = _take(buffers, "q", qf, batch.q_rows, dtype).view(r, -1, d)
-            kg = _take(buffers, "k", kf, batch.k_rows, dtype).view(r, -1, d)
-            vg = _take(buffers, "v", vf, batch.k_rows, dtype).view(r, -1, dv)
-            go = _take(buffers, "grad_out", gof, batch.q_rows, dtype).view(r, -1, dv)
-            s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table)
-            p, _ = _softmax(buffers, s, batch.hide is not None)
-            part = buffers.get("grad_v", tuple(vg.shape), vg, dtype)
-            torch.bmm(p.transpose(1, 2), go, out=part)
-            gvf.index_add_(0, source, part.view(source.numel(), -1))
-            ds = torch.bmm(go, vg.transpose(1, 2), out=s)
-            ds.add_(rows_term[where].view(r, -1, 1)).mul_(p)
+            qg = buffers.take("q", qf, batch.q_rows, dtype, d)
+            kg = buffers.take("k", kf, batch.k_rows, dtype, d)
+            vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
+            go = buffers.take("grad_out", gof, batch.q_rows, dtype, dv)
+            s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
+            p = s.exp2_()
+            part = torch.bmm(p.transpose(1, 2), go, out=buffers.get("grad_v", tuple(vg.shape), dtype))
+            gvf.index_add_(0, source, part.view(source.shape[0], -1))
+            ds = buffers.get("grad_scores", tuple(s.shape), dtype)
+            _pair_products(go, vg, ds, start=rows_term[where].view(r, -1, 1)).mul_(p)
             if gt is not None and batch.bias is not None:
                 gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
             if tanh is not None:
-                ds.mul_(1 - tanh.square_())
-            part = buffers.get("grad_q", tuple(qg.shape), qg, dtype)
+                ds.mul_(tanh.square_().neg_().add_(1))
+            part = buffers.get("grad_q", tuple(qg.shape), dtype)
             torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
-            gqf.index_copy_(0, where, part.view(where.numel(), -1))
-            part = buffers.get("grad_k", tuple(kg.shape), kg, dtype)
+            gqf.index_copy_(0, where, part.view(where.shape[0], -1))
+            part = buffers.get("grad_k", tuple(kg.shape), dtype)
             torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part)
-            gkf.index_add_(0, source, part.view(source.numel(), -1))
+            gkf.index_add_(0, source, part.view(source.shape[0], -1))
         table_grad = None if gt is None or table is None else gt.view(table.shape).to(table.dtype)
         return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype), table_grad, None, None
+
+
+def _key_units(k: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values in row units; converted to the compute dtype here when converting each gathered tile would cost more."""
+    if k.dtype != dtype and plan.key_reads >= CONVERT_READS * k.shape[0]:
+        k, v = k.to(dtype), v.to(dtype)
+    return k.view(-1, plan.k_unit * k.shape[1]), v.view(-1, plan.k_unit * v.shape[1])
+
+
+def _rows_term(grad_out: Tensor, out: Tensor, grad_lse: Tensor, rows: int = 1 << 13) -> Tensor:
+    """``d lse − d out·out`` per row: what enters the gradient of every logit of the row with the weight of its pair."""
+    term = torch.empty_like(grad_lse)
+    for i in range(0, term.shape[0], rows):
+        part = slice(i, i + rows)
+        product = grad_out[part].to(term.dtype) * out[part]
+        torch.sub(grad_lse[part], product.sum(-1), out=term[part])
+    return term
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -203,7 +242,19 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, tab
     return _Ragged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)
 
 
-def split_rows(total: int, score_elements: int, budget: int) -> Iterable[slice]:
-    """Slices of ``range(total)`` so that each holds at most ``budget`` score elements (at least one row)."""
+def split_rows(total: int, score_elements: int, budget: int) -> Iterator[slice]:
+    """Slices of ``range(total)`` of at most about ``budget`` score elements each, in even counts where possible.
+
+    An even count splits evenly over two cores; one attention that exceeds the budget alone runs together with a second
+    one as long as both stay below four budgets.
+
+    Args:
+        total: number of attentions.
+        score_elements: scores of one attention.
+        budget: score elements per slice.
+    """
     step = max(1, budget // max(score_elements, 1))
+    if step == 1 and 2 * score_elements <= 4 * budget:
+        step = 2
+    step -= step % 2 if step > 1 else 0
     return (slice(i, min(i + step, total)) for i in range(0, total, step))

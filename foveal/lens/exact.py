@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.base_mask import BaseMask
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
-from ..patterns.static import window_layout
+from .scores import budget, logits
 
 Role = Literal["self", "cross"]
 MIN_COLUMNS = 16
@@ -49,8 +49,10 @@ class RowMasses:
 
 
 @torch.no_grad()
-def row_masses(call: AttentionCall, sink_logits: Tensor | None, *, window: int, sinks: int, role: Role = "self") -> RowMasses:
-    """Where every row's attention goes; costs one dense attention and one over ``window + sinks`` keys.
+def row_masses(
+    call: AttentionCall, sink_logits: Tensor | None, *, window: int, sinks: int, role: Role = "self"
+) -> RowMasses:
+    """Where every row's attention goes; costs one dense attention and the scores of about two windows per row.
 
     Args:
         call: its ``layout`` and ``v`` are not used: the dense attention of the model is measured.
@@ -76,19 +78,46 @@ def row_masses(call: AttentionCall, sink_logits: Tensor | None, *, window: int, 
     on_keys = torch.exp(lse - safe)
     sink = sink * on_keys
     if role == "cross":
-        near = sink
+        local = torch.zeros_like(lse)
     elif window >= base.kv_len:
-        near = on_keys
+        local = (on_keys - sink).clamp(min=0)
     else:
-        layout = window_layout(base, window, sinks)
-        _, near_lse = compute(call.replace(v=columns[..., :MIN_COLUMNS], layout=layout))
-        assert near_lse is not None
-        near = torch.exp(near_lse.float() - safe)
-    local = (near - sink).clamp(min=0)
+        local = torch.exp(_window_lse(call, window, sinks) - safe)
     rest = (on_keys - sink - local).clamp(min=0)
     learned = torch.where(seen, 1 - on_keys, 0.0) if sink_logits is not None else torch.zeros_like(lse)
     distance = _distance(base, out) if base.causal and role == "self" else None
     return RowMasses(sink, local, rest, learned, distance, lse, real)
+
+
+def _window_lse(call: AttentionCall, window: int, sinks: int) -> Tensor:
+    """``(B, H, Nq)`` float32 log-sum-exp over the keys of each row's window that are not sinks, some rows at a time."""
+    base = call.base
+    batch, heads, q_len = call.q.shape[:3]
+    ahead = 1 if base.causal else window
+    step = max(1, min(window, budget(base.device) // (heads * 2 * window)))
+    out = torch.full((batch, heads, q_len), -torch.inf, device=call.q.device)
+    for start in range(0, q_len, step):
+        index = torch.arange(start, min(start + step, q_len), device=base.device)
+        own = index + base.shift
+        first, last = (
+            max(0, int(start + base.shift - window + 1)),
+            min(base.kv_len, int(start + base.shift + index.numel() - 1 + ahead)),
+        )
+        if first >= last:
+            continue
+        position = torch.arange(first, last, device=base.device)
+        near = (position > own[:, None] - window) & (position < own[:, None] + ahead)
+        for b in range(batch):
+            at = torch.full((1, 1), b, device=base.device)
+            rank = base.rank[b % base.rank.shape[0], first:last]
+            seen = (
+                near
+                & ~((rank >= 0) & (rank < sinks))
+                & base.allowed(at, torch.zeros_like(at), index[:, None], position[None])
+            )
+            part = torch.logsumexp(logits(call, b, index, slice(first, last), seen, hidden=-torch.inf), -1)
+            out[b, :, start : start + index.numel()] = part
+    return out
 
 
 def _blocks(base: BaseMask, columns: int) -> tuple[int, int]:
@@ -105,6 +134,13 @@ def _columns(base: BaseMask, sinks: int, k_shape: torch.Size, dtype: torch.dtype
     the small masses far away, which keep their relative precision. Inside a block the position is split so that every
     column holds an integer that bfloat16 represents exactly.
     """
+    memo = ("lens_columns", sinks, tuple(k_shape), dtype)
+    if memo not in base.cache:
+        base.cache[memo] = _make_columns(base, sinks, k_shape, dtype)
+    return base.cache[memo]
+
+
+def _make_columns(base: BaseMask, sinks: int, k_shape: torch.Size, dtype: torch.dtype) -> Tensor:
     batch, kv_heads, kv_len, head_dim = k_shape
     width = max(head_dim, MIN_COLUMNS)  # as wide as q, where a kernel asks for that
     count, size = _blocks(base, width)
@@ -123,7 +159,7 @@ def _distance(base: BaseMask, out: Tensor) -> Tensor:
     own = torch.arange(base.q_len, device=base.device) + base.shift
     passed = torch.arange(1, count + 1, device=base.device) <= (own // size)[:, None]
     out = out.float()
-    blocks = (out[..., 3:] * passed).sum(-1)
+    blocks = torch.linalg.vecdot(out[..., 3:], passed.float()[None, None])
     return size * blocks + (own % size) - (256 * out[..., 1] + out[..., 2])
 
 
@@ -139,7 +175,9 @@ def received_mass(call: AttentionCall, real: Tensor | None = None) -> Tensor:
     """
     batch, heads, q_len, head_dim = call.q.shape
     k = call.k.detach().repeat_interleave(call.groups, 1)
-    v = torch.zeros(batch, heads, k.shape[2], max(head_dim, MIN_COLUMNS), dtype=k.dtype, device=k.device, requires_grad=True)
+    v = torch.zeros(
+        batch, heads, k.shape[2], max(head_dim, MIN_COLUMNS), dtype=k.dtype, device=k.device, requires_grad=True
+    )
     real = torch.ones(batch, q_len, dtype=torch.bool, device=k.device) if real is None else real.expand(batch, q_len)
     with torch.enable_grad():
         out, _ = compute(call.replace(q=call.q.detach(), k=k, v=v, return_lse=False))

@@ -1,7 +1,6 @@
 """Figures that need a row's whole distribution, on sampled rows: entropy, keys for 90 % of the mass, the selected keys.
 
-Scores are made for a few rows at a time and dropped; the largest buffer holds ``CPU_SCORES`` numbers (or one row of all
-heads, when that is more).
+Scores are made for a few rows at a time and dropped (``foveal.lens.scores``).
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.call import AttentionCall, compute_dtype, relative_index
+from .scores import budget, logits
 from .stats import Rows
 
-CPU_SCORES = 1 << 20
-GPU_SCORES = 1 << 26
 MASS = 0.9
 """Share of a row's mass that ``keys90`` counts keys for."""
 _SLACK = 1e-6
@@ -32,7 +30,8 @@ class RowFigures:
     Attributes:
         entropy: ``(B, H, R)`` float32, nats.
         keys90: ``(B, H, R)`` int64, fewest keys that hold 90 % of the mass.
-        distance: ``(B, H, R)`` float32, mean of ``|own position − key position|`` in tokens.
+        distance: ``(B, H, R)`` float32, mean of ``|own position − key position|`` in tokens; 0 under a
+            causal mask, where :class:`RowMasses` has it for all rows.
         allowed: ``(B, R)`` int64, keys that the row may see.
         received: ``(B, H, Nk)`` float32, share of its sequence's attention that each key receives; sums to 1.
         selected: ``(B, 1 + Hkv, R, top)`` int32 key indices, best first, −1 where fewer are visible: by the weights
@@ -72,12 +71,15 @@ def row_figures(call: AttentionCall, lse: Tensor, rows: Rows, *, top: int) -> Ro
         for b in range(batch):
             share = (rows.weight[b] / rows.weight[b].sum().clamp(min=1e-300)).to(dtype)
             for part, keys, seen in _chunks(call, rows, b):
-                logits = _logits(call, b, rows.index[b, part], keys, seen)
-                weights = logits.sub(lse[b, :, rows.index[b, part], None].to(dtype)).exp_()
-                weights = torch.where(share[part, None] > 0, weights, 0.0)  # rows that stand for nothing
-                entropy[b, :, part] = -torch.linalg.vecdot(weights, logits.sub_(lse[b, :, rows.index[b, part], None]))
-                away = (torch.arange(keys.start, keys.stop, device=device) - own[b, part, None]).abs().to(dtype)
-                distance[b, :, part] = torch.linalg.vecdot(weights, away[None])
+                index = rows.index[b, part]
+                surprise = logits(call, b, index, keys, seen).sub_(lse[b, :, index, None])  # log of the weights
+                weights = surprise.exp()
+                if bool((share[part] == 0).any()):
+                    weights = torch.where(share[part, None] > 0, weights, 0.0)  # rows that stand for nothing
+                entropy[b, :, part] = -torch.linalg.vecdot(weights, surprise)
+                if not call.base.causal:
+                    away = (torch.arange(keys.start, keys.stop, device=device) - own[b, part, None]).abs().to(dtype)
+                    distance[b, :, part] = torch.linalg.vecdot(weights, away[None])
                 received[b, :, keys] += torch.matmul(share[part], weights)
                 allowed[b, part] = seen.sum(-1)
                 selected[b, :, part] = _select(weights, seen, kv_heads, top, keys.start)
@@ -85,11 +87,21 @@ def row_figures(call: AttentionCall, lse: Tensor, rows: Rows, *, top: int) -> Ro
     return RowFigures(entropy.float(), keys90, distance.float(), allowed, received.float(), selected)
 
 
-def _chunks(call: AttentionCall, rows: Rows, b: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Consecutive drawn rows, the range of keys that any of them may see, and which it sees ``(rows, keys)``."""
+def _chunks(call: AttentionCall, rows: Rows, b: int) -> list[tuple[slice, slice, Tensor]]:
+    """Consecutive drawn rows, the range of keys that any of them may see, and which it sees ``(rows, keys)``.
+
+    Layers that share a base mask share the rows, so this is remembered with the mask: R·N booleans per sequence.
+    """
+    memo = ("lens_rows", b, call.q.shape[1], tuple(rows.index[b].tolist()))
+    if memo not in call.base.cache:
+        call.base.cache[memo] = list(_make_chunks(call, rows, b))
+    return call.base.cache[memo]
+
+
+def _make_chunks(call: AttentionCall, rows: Rows, b: int) -> Iterator[tuple[slice, slice, Tensor]]:
     base = call.base
     heads, device = call.q.shape[1], call.q.device
-    budget = CPU_SCORES if device.type == "cpu" else GPU_SCORES
+    most = budget(device)
     index = rows.index[b]
     lo, hi = base.lo[b % base.lo.shape[0], index], base.hi[b % base.hi.shape[0], index]
     lows, highs = lo.tolist(), hi.tolist()
@@ -98,7 +110,7 @@ def _chunks(call: AttentionCall, rows: Rows, b: int) -> Iterator[tuple[slice, sl
         end, low, high = start + 1, lows[start], highs[start]
         while end < len(lows):
             wider = min(low, lows[end]), max(high, highs[end])
-            if (end + 1 - start) * heads * (wider[1] - wider[0]) > budget:
+            if (end + 1 - start) * heads * (wider[1] - wider[0]) > most:
                 break
             (low, high), end = wider, end + 1
         q = index[start:end, None]
@@ -106,21 +118,6 @@ def _chunks(call: AttentionCall, rows: Rows, b: int) -> Iterator[tuple[slice, sl
         at = torch.full_like(q, b)
         yield slice(start, end), slice(low, high), base.allowed(at, torch.zeros_like(at), q, k)
         start = end
-
-
-def _logits(call: AttentionCall, b: int, index: Tensor, keys: slice, seen: Tensor) -> Tensor:
-    """``(H, rows, keys)``; hidden pairs hold the lowest finite number, so that their weight is exactly 0."""
-    heads, kv_heads = call.q.shape[1], call.k.shape[1]
-    dtype = compute_dtype(call.q.dtype)
-    q = call.q[b][:, index].to(dtype) * call.scale
-    k = call.k[b, :, keys].to(dtype)
-    s = torch.bmm(q.reshape(kv_heads, -1, q.shape[-1]), k.transpose(1, 2)).view(heads, index.numel(), -1)
-    if call.softcap is not None:
-        s.div_(call.softcap).tanh_().mul_(call.softcap)
-    if call.bias is not None:
-        position = torch.arange(keys.start, keys.stop, device=s.device)
-        s += call.bias[:, relative_index(call, index[:, None], position[None])].to(dtype)
-    return s.masked_fill_(~seen, -1e30)
 
 
 def _select(weights: Tensor, seen: Tensor, kv_heads: int, top: int, first: int) -> Tensor:

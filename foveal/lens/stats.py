@@ -93,7 +93,9 @@ def stratified_rows(real: Tensor, rows: int, seed: int) -> Rows:
         fraction.append(int((size > 0).sum()) / max(count, 1))
     device = real.device
     return Rows(
-        torch.stack(index).to(device), torch.stack(weight).to(device), torch.tensor(fraction, dtype=torch.float64, device=device)
+        torch.stack(index).to(device),
+        torch.stack(weight).to(device),
+        torch.tensor(fraction, dtype=torch.float64, device=device),
     )
 
 
@@ -126,7 +128,8 @@ def stratified_mean(values: Tensor, rows: Rows, keep: Tensor | None = None) -> E
 def weighted_quantile(values: Tensor, rows: Rows, p: float, keep: Tensor | None = None) -> Estimate:
     """The smallest value that at least a share ``p`` of the rows does not exceed, with Woodruff's 95 % interval.
 
-    The interval takes the quantiles at ``p ± 1.96·sqrt(p(1 − p)(1 − f)/n)``, with ``n`` the effective number of rows.
+    The share of rows at or below the found value is a mean with an interval of its own (:func:`stratified_mean`); the
+    interval runs between the quantiles at the ends of that one.
 
     Args:
         values: ``(..., B, R)``; rows and keep as in :func:`stratified_mean`.
@@ -139,13 +142,15 @@ def weighted_quantile(values: Tensor, rows: Rows, p: float, keep: Tensor | None 
     order = torch.argsort(values.flatten(-2), dim=-1, stable=True)
     value = values.flatten(-2).gather(-1, order).double()
     reached = weight.gather(-1, order).cumsum(-1)
-    fraction = (rows.weight.sum(-1) * rows.fraction).sum() / rows.weight.sum().clamp(min=1e-300)
-    spread = Z95 * (p * (1 - p) * (1 - fraction).clamp(min=0) * weight.square().sum(-1)).sqrt()
+    empty = weight.sum(-1).isnan()
 
     def at(share: Tensor) -> Tensor:
         share = share.clamp(0, 1)[..., None] - 1e-9  # sums of weights end in rounding errors
         found = torch.searchsorted(reached, share.contiguous()).clamp(max=value.shape[-1] - 1)
-        return torch.where(weight.sum(-1).isnan(), torch.nan, value.gather(-1, found).squeeze(-1))
+        return torch.where(empty, torch.nan, value.gather(-1, found).squeeze(-1))
 
-    middle = torch.full_like(spread, p)
-    return Estimate(at(middle), at(middle - spread), at(middle + spread))
+    share = torch.full_like(weight[..., 0], p)
+    middle = at(share)
+    below = stratified_mean((values <= middle[..., None, None]).double(), rows, keep)
+    half = torch.where(empty, 0.0, below.high - below.mean)
+    return Estimate(middle, at(share - half), at(share + half))

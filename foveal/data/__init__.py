@@ -1,0 +1,1 @@
+"""Real text that is already on the machine, and synthetic tasks; everything seeded."""

@@ -1,0 +1,198 @@
+"""Needle in a haystack: can a model still find a sentence that lies far back?
+
+Invented facts ("The secret code of Lisbon is 48213.") are put between the sentences of a long text, one at each
+requested depth; then each is asked for. All needles lie in one context, so that one prefill serves all questions.
+Scoring is exact: greedy decoding must give the answer's tokens. Chance is 1 in 90,000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError, DataError
+from .text import prefix, tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PLACES = (
+    "Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Nairobi", "Vienna", "Havana", "Athens", "Prague", "Quito",
+    "Seoul", "Tunis", "Warsaw", "Zagreb", "Berlin", "Madrid", "Manila", "Jakarta", "Geneva", "Boston", "Denver", "Riga",
+)  # fmt: skip
+NEEDLE = "The secret code of {place} is {code}."
+QUESTION = "What is the secret code of {place}?"
+ANSWER = "The secret code of {place} is"
+
+_HAY = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One needle's question.
+
+    Attributes:
+        ids: ``(Q,)`` tokens that follow the context.
+        answer: ``(A,)`` tokens that greedy decoding must give next.
+        depth: the needle's place in the context: 0 is its beginning, 1 its end.
+        position: index in the context of the needle's first token.
+    """
+
+    ids: Tensor
+    answer: Tensor
+    depth: float
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Needles:
+    """A context that holds the needles, ``(N,)`` tokens, and their questions in the order of the depths."""
+
+    context: Tensor
+    questions: tuple[Question, ...]
+
+
+def build(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Tensor,
+    length: int,
+    *,
+    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    seed: int = 0,
+    chat: bool | None = None,
+) -> Needles:
+    """Hide one needle per depth in the haystack and make the questions.
+
+    Args:
+        tokenizer: the model's.
+        haystack: ``(N,)`` token ids of ordinary text; the first ones are used.
+        length: tokens of the context together with the longest question and its answer; never exceeded.
+        depths: from 0 (beginning) to 1 (end); each needle goes to the nearest end of a sentence.
+        seed: chooses places and codes.
+        chat: use the tokenizer's chat template; None: where it has one.
+
+    Raises:
+        ConfigError: a depth out of range, more depths than places, a ``length`` too short, no chat template.
+        DataError: the haystack is too short.
+    """
+    if not depths or len(depths) > len(PLACES) or not all(0 <= d <= 1 for d in depths):
+        raise ConfigError(f"depths is {tuple(depths)!r}; expected 1 to {len(PLACES)} numbers from 0 to 1.")
+    g = torch.Generator().manual_seed(seed)
+    places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=g)[: len(depths)].tolist()]
+    codes = (torch.randperm(90_000, generator=g)[: len(depths)] + 10_000).tolist()
+    before, rendered = _frame(tokenizer, places, chat)
+    needles = [
+        tokens(tokenizer, f" {NEEDLE.format(place=place, code=code)}")
+        for place, code in zip(places, codes, strict=True)
+    ]
+    asked = [_question(tokenizer, text, code) for text, code in zip(rendered, codes, strict=True)]
+    after = max(len(q) + len(a) for q, a in asked)
+    hay = length - len(before) - after - sum(map(len, needles))
+    if hay < 16 * len(depths):
+        raise ConfigError(
+            f"a context of {length} tokens leaves {hay} for text beside {len(depths)} needles and a question; "
+            f"expected at least {16 * len(depths)}: use a longer context or fewer depths."
+        )
+    if len(haystack) < hay:
+        raise DataError(
+            f"the haystack has {len(haystack)} tokens; expected at least {hay} for a context of {length}; "
+            "pass a longer --text or a smaller --context."
+        )
+    text = haystack[:hay].cpu()
+    ends = _sentence_ends(tokenizer, text)
+    order = sorted(range(len(depths)), key=lambda i: depths[i])
+    places_in_text = {i: int(ends[(ends - depths[i] * hay).abs().argmin()]) for i in order}
+    parts, at, position, found = [before], 0, len(before), {}
+    for i in order:
+        end = places_in_text[i]
+        parts += [text[at:end], needles[i]]
+        found[i] = position + end - at
+        position, at = found[i] + len(needles[i]), end
+    context = torch.cat([*parts, text[at:]])
+    questions = tuple(Question(*asked[i], float(depths[i]), found[i]) for i in range(len(depths)))
+    return Needles(context, questions)
+
+
+def score(needles: Needles, decode: Callable[[Question, int], Tensor]) -> tuple[bool, ...]:
+    """For each question, whether it is answered exactly.
+
+    Args:
+        needles: from :func:`build`.
+        decode: ``(question, n) → (n,)`` tokens decoded greedily after ``context`` and ``question.ids``; fewer when the
+            model stops early.
+    """
+    hits = []
+    for question in needles.questions:
+        got = decode(question, len(question.answer)).reshape(-1).cpu()
+        hits.append(torch.equal(got.to(torch.int64), question.answer))
+    return tuple(hits)
+
+
+@torch.inference_mode()
+def retrieve(model: PreTrainedModel, needles: Needles, cache: Any = None) -> tuple[bool, ...]:
+    """Score a model with one prefill of the context; each question continues from it through cached decoding.
+
+    Args:
+        model: a causal language model, with or without a policy attached.
+        needles: from :func:`build`.
+        cache: a cache that holds the context already, if the caller has prefilled it; cropped back after each question.
+    """
+    device = next(model.parameters()).device
+    held = len(needles.context)
+    if cache is None:
+        cache = model(input_ids=needles.context[None].to(device), use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode(question: Question, count: int) -> Tensor:
+        ids, out = question.ids[None].to(device), []
+        for _ in range(count):
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            out.append(ids[0])
+        cache.crop(held - cache.get_seq_length())
+        return torch.cat(out)
+
+    return score(needles, decode)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase, places: list[str], chat: bool | None) -> tuple[Tensor, list[str]]:
+    """What stands before the haystack (ids), and for each place what stands after it, up to where the answer begins."""
+    asked = [QUESTION.format(place=p) for p in places]
+    begun = [ANSWER.format(place=p) for p in places]
+    template = getattr(tokenizer, "chat_template", None)
+    if chat and not template:
+        raise ConfigError("chat=True, but this tokenizer has no chat template; use chat=False.")
+    if not (template if chat is None else chat):
+        return prefix(tokenizer), [f"\n\nQuestion: {q}\nAnswer: {a}" for q, a in zip(asked, begun, strict=True)]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{_HAY}\n\n{q}"}], tokenize=False, add_generation_prompt=True
+        )
+        for q in asked
+    ]
+    head, marker, _ = str(texts[0]).partition(_HAY)
+    if not marker:
+        raise ConfigError("the chat template drops or rewrites the user's message; use chat=False.")
+    after = [f"{str(text).partition(_HAY)[2]}{a}" for text, a in zip(texts, begun, strict=True)]
+    return tokens(tokenizer, head), after
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, text: str, code: int) -> tuple[Tensor, Tensor]:
+    """Token ids of the question and of the answer; the question's must be a prefix of both together."""
+    ids, whole = tokens(tokenizer, text), tokens(tokenizer, f"{text} {code}")
+    shared = 0
+    while shared < len(ids) and ids[shared] == whole[shared]:
+        shared += 1
+    return whole[:shared], whole[shared:]
+
+
+def _sentence_ends(tokenizer: PreTrainedTokenizerBase, text: Tensor) -> Tensor:
+    """Indices after which a sentence ends, ``(E,)``: a full stop and then white space; in text without any, 0."""
+    spelt = {i: str(tokenizer.decode([i])) for i in text.unique().tolist()}
+    stop = torch.tensor([i for i, t in spelt.items() if t.endswith((".", "!", "?"))], dtype=text.dtype)
+    space = torch.tensor([i for i, t in spelt.items() if t[:1].isspace()], dtype=text.dtype)
+    ends = (torch.isin(text[:-1], stop) & torch.isin(text[1:], space)).nonzero()[:, 0] + 1
+    return ends if len(ends) else torch.zeros(1, dtype=torch.int64)

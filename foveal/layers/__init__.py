@@ -1,0 +1,1 @@
+"""nn.Modules with parameters of their own."""

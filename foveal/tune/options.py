@@ -1,0 +1,62 @@
+"""What ``foveal tune`` was asked to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..core.errors import ConfigError
+from ..core.serial import check_range, check_types
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of one run.
+
+    Attributes:
+        model: ``smollm2``, a folder, a GGUF file, or a Hugging Face id.
+        context: tokens at which everything is measured.
+        text: file with the text, or None for the embedded one.
+        out: folder for ``report.html``, ``results.json``, ``policy.json`` and the journal that makes a run resumable.
+        max_ppl_increase: largest relative increase of perplexity that a policy may cost (0.01 is 1 %).
+        dtype, device, impl: as in ``load_model`` and ``attach``.
+        seed: chooses the text spans, the needles and the sampled rows.
+        decode_tokens: tokens scored one by one through the cache.
+        search: also search a policy layer by layer.
+        trust_remote_code: let a checkpoint run code of its own.
+    """
+
+    model: str
+    context: int = 4096
+    text: str | None = None
+    out: str = "foveal-out"
+    max_ppl_increase: float = 0.01
+    dtype: str = "auto"
+    device: str = "auto"
+    impl: str = "auto"
+    seed: int = 0
+    decode_tokens: int = 256
+    search: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "context", low=64)
+        check_range(self, "seed", low=0)
+        check_range(self, "decode_tokens", low=2)
+        if not self.max_ppl_increase > 0:
+            raise ConfigError(f"max_ppl_increase is {self.max_ppl_increase!r}; expected a value above 0, such as 0.01 for 1 %.")
+        if self.decode_tokens > self.context // 2:
+            raise ConfigError(f"decode_tokens is {self.decode_tokens} and context {self.context}; expected at most half of the context. Pass a longer --context.")  # fmt: skip # noqa: E501
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.out)
+
+    def digest(self, **measured: str) -> str:
+        """Identity of the measurements: a journal is resumed only when options, model and text are the same."""
+        said = {k: v for k, v in asdict(self).items() if k not in ("out", "max_ppl_increase", "search")}
+        return hashlib.sha256(json.dumps({**said, **measured}, sort_keys=True).encode()).hexdigest()
