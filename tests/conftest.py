@@ -14,6 +14,18 @@ settings.register_profile(
 settings.load_profile("foveal")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread: small tensors run many times faster, above all on a busy machine.
+
+    A module that runs a real model sets ``THREADS = None`` (torch's default) or a number.
+    """
+    wanted, before = getattr(request.module, "THREADS", 1), torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def poison() -> Iterator[None]:
     """Fill every ``torch.empty`` with NaN, so that reading memory which nobody wrote shows."""

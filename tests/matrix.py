@@ -78,7 +78,7 @@ PATTERNS: dict[str, Row] = {
         wrong=(("window", 0), ("sinks", -1), ("dense_rows", -1)),
     ),
     "block_topk-tokens": Row(
-        BlockTopK(Budget(tokens=48), q_block=16, kv_block=16, sinks=3, local=5),
+        BlockTopK(Budget(tokens=80), q_block=16, kv_block=16, sinks=3, local=5),
         BlockTopK(Budget(tokens=1 << 20), q_block=16, kv_block=16),
         block=16,
         wrong=(("q_block", 0), ("kv_block", 0), ("sinks", -1), ("local", -1)),
@@ -93,8 +93,8 @@ PATTERNS: dict[str, Row] = {
         BlockTopK(Budget(mass=1.0), q_block=16, kv_block=8),
         block=16,
     ),
-    "block_topk-rows": Row(  # every row chooses for itself, as in decoding
-        BlockTopK(Budget(tokens=40), q_block=1, kv_block=8, sinks=2, local=4),
+    "block_topk-rows": Row(  # every row chooses for itself, so decoding must choose the same (sinks are blocks only in prefill)
+        BlockTopK(Budget(tokens=40), q_block=1, kv_block=8, sinks=0, local=4),
         BlockTopK(Budget(tokens=1 << 20), q_block=1, kv_block=8),
     ),
 }

@@ -55,7 +55,9 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
         if n not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{where} lacks the required field {missing[0]!r}; add it, for example {_example(cls, missing[0])}.")
+        raise ConfigError(
+            f"{where} lacks the required field {missing[0]!r}; add it, for example {_example(cls, missing[0])}."
+        )
     return cls(**kwargs)
 
 

@@ -77,7 +77,7 @@ def sites(model: nn.Module) -> list[AttentionSite]:
         found.append(AttentionSite(path, module, -1 if cross else index))
         index += not cross
     if not found:
-        reason = "it has no attention" if not any("Attention" in type(m).__name__ for m in model.modules()) else "its attention does not go through transformers' attention interface"  # fmt: skip # noqa: E501
+        reason = "it has no attention" if not any("Attention" in type(m).__name__ for m in model.modules()) else "its attention does not go through transformers' attention interface"  # fmt: skip
         raise UnsupportedError(f"{name} is not supported: {reason}. Run this model without foveal.")
     return found
 

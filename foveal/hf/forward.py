@@ -34,6 +34,9 @@ HARMLESS = {
 the mask); anything else that is set is refused by name."""
 
 
+OUTPUT_ATTENTIONS = "output_attentions=True asks for N×N weights, which foveal never builds. Use foveal.lens, or attn_implementation='eager'."
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionEvent:
     """One attention call, as probes see it.
@@ -71,10 +74,25 @@ class Surroundings:
 
 @dataclass
 class Forward:
-    """One forward of the attached model."""
+    """One forward of the attached model.
+
+    Attributes:
+        selections: what layers decided so far. calls: attention calls so far, where layers share a module.
+        positions: position ids that the innermost model was given.
+        tensors: the caller's own 4-D masks, read once for all layers.
+    """
 
     selections: dict[int, Selection] = field(default_factory=dict)
     calls: int = 0
+    positions: Tensor | None = None
+    tensors: dict[tuple[int, ...], tuple[Tensor, BaseMask]] = field(default_factory=dict)
+
+    def read_tensor(self, mask: Tensor, q_len: int, kv_len: int, shift: int, cross: bool) -> BaseMask:
+        """The base mask of a 4-D tensor."""
+        key = (id(mask), mask._version, q_len, kv_len, shift, cross)
+        if key not in self.tensors:
+            self.tensors[key] = (mask, base_from_tensor(mask, q_len, kv_len, shift, cross))  # holds the tensor, so that its id stays taken
+        return self.tensors[key][1]
 
 
 def original_forward(module: nn.Module, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
@@ -96,7 +114,7 @@ def refuse_unhonoured(module: nn.Module, dropout: float, kwargs: Mapping[str, An
     if dropout:
         raise UnsupportedError(f"{name} asks for attention dropout {dropout:g}; foveal has none. Set the config's attention dropout to 0, or call model.eval().")
     if kwargs.get("output_attentions"):
-        raise UnsupportedError("output_attentions=True asks for N×N weights, which foveal never builds. Use foveal.lens, or attn_implementation='eager'.")
+        raise UnsupportedError(OUTPUT_ATTENTIONS)
     for key in ("head_mask", "cross_attn_head_mask", "cache"):
         if kwargs.get(key) is not None:
             raise UnsupportedError(f"{name} passes {key!r} to its attention, which foveal does not honour. Leave it out, or run without foveal.")
@@ -108,7 +126,9 @@ def refuse_unhonoured(module: nn.Module, dropout: float, kwargs: Mapping[str, An
             )
 
 
-def base_mask(handle: Handle, module: nn.Module, mask: Any, query: Tensor, key: Tensor, is_causal: bool | None) -> tuple[BaseMask, int]:
+def base_mask(
+    handle: Handle, module: nn.Module, mask: Any, query: Tensor, key: Tensor, is_causal: bool | None, around: Surroundings
+) -> tuple[BaseMask, int]:
     """The base mask of a call and the tokens before row 0."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if isinstance(mask, HostMask):
@@ -125,8 +145,12 @@ def base_mask(handle: Handle, module: nn.Module, mask: Any, query: Tensor, key: 
             )
         return base, mask.q_offset
     if isinstance(mask, Tensor):
-        base = base_from_tensor(mask, q_len, kv_len)
-        return base, base.shift
+        before = kv_len - q_len
+        if around.cache is not None and around.cache_layer is not None:
+            before = int(around.cache.get_seq_length(around.cache_layer)) - q_len
+        cross = around.cross or handle.sites[module].index < 0
+        base = handle.forward.read_tensor(mask, q_len, kv_len, 0 if cross else min(before, kv_len - q_len), cross)
+        return base, 0 if cross else before
     if mask is not None:
         raise UnsupportedError(f"attention_mask is a {type(mask).__name__}; expected foveal's own mask, a 4-D tensor, or None.")
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
@@ -142,7 +166,7 @@ def attend(
     refuse_unhonoured(module, dropout, kwargs)
     site, around = handle.sites[module], handle.surroundings.get(module) or Surroundings()
     handle.watch_recompute(module)
-    base, q_offset = base_mask(handle, module, mask, query, key, is_causal)
+    base, q_offset = base_mask(handle, module, mask, query, key, is_causal, around)
     base = base.to(query.device)
     _refuse_resets(base, around)
     if base.causal and base.kv_len > base.shift + base.q_len:
@@ -199,7 +223,7 @@ def _refuse_resets(base: BaseMask, around: Surroundings) -> None:
         )
 
 
-def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContext, around: Surroundings, sinks: Tensor | None) -> tuple[Tensor, Layout | None]:  # fmt: skip # noqa: E501
+def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContext, around: Surroundings, sinks: Tensor | None) -> tuple[Tensor, Layout | None]:  # fmt: skip
     if not rule.heads:
         return _select_and_compute(handle, call, rule, ctx, around, sinks, 0)
     heads, group = call.q.shape[1], call.groups

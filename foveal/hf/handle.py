@@ -17,20 +17,26 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..kernels.dispatch import IMPLEMENTATIONS
 from ..patterns import Pattern
 from ..policies.policy import Policy
-from . import families, masks
-from .forward import AttentionEvent, Forward, Surroundings, attend, original_forward
+from . import families, masks, recompute
+from .forward import OUTPUT_ATTENTIONS, AttentionEvent, Forward, Surroundings, attend, original_forward
 from .requests import RequestStates, cache_keys
 
 Probe = Callable[[AttentionEvent], None]
 
-_stacks: weakref.WeakKeyDictionary[nn.Module, list[Handle]] = weakref.WeakKeyDictionary()
+_stacks: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Handle]]] = weakref.WeakKeyDictionary()
 _configs: dict[int, tuple[Any, str, int]] = {}  # id → (config, implementation before foveal, users)
 _running = threading.local()
 
 
 def _current() -> Handle | None:
+    """The handle whose model is in its forward, in this thread."""
     stack = getattr(_running, "stack", None)
     return stack[-1] if stack else None
+
+
+def _attached(module: nn.Module) -> list[Handle]:
+    """The handles on an attention module, the innermost last."""
+    return [handle for ref in _stacks.get(module, []) if (handle := ref()) is not None]
 
 
 @torch.compiler.disable
@@ -39,7 +45,7 @@ def foveal_attention(
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None] | Any:  # fmt: skip
     """The attention function registered as ``"foveal"`` in transformers."""
-    stack = _stacks.get(module)
+    stack = _attached(module)
     if not stack:
         kwargs = {"dropout": dropout, "scaling": scaling, **({} if is_causal is None else {"is_causal": is_causal}), **kwargs}
         found = _configs.get(id(getattr(module, "config", None)))
@@ -77,7 +83,7 @@ class Handle:
         self.surroundings: dict[nn.Module, Surroundings] = {}
         self.reached: set[nn.Module] = set()
         self.measured: dict[str, dict[int, Density]] = {}
-        self._unguarded: set[nn.Module] = set()
+        self._recomputable: set[nn.Module] = set()
         self._hooks: list[Any] = []
         self._configs: list[Any] = []
         self._depth = 0
@@ -100,7 +106,7 @@ class Handle:
                 config._attn_implementation_internal = masks.NAME  # what set_attn_implementation writes, for this config alone
                 self._configs.append(config)
             for site in self.sites.values():
-                _stacks.setdefault(site.module, []).append(self)
+                _stacks.setdefault(site.module, []).append(weakref.ref(self))
                 self._hooks.append(site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True, prepend=True))
                 self._hooks.append(site.module.register_forward_hook(self._after_attention))
             for owner in owners:
@@ -118,10 +124,10 @@ class Handle:
             hook.remove()
         self._hooks.clear()
         for site in self.sites.values():
-            stack = _stacks.get(site.module, [])
-            if self in stack:
-                stack.remove(self)
-            if not stack:
+            left = [ref for ref in _stacks.get(site.module, []) if ref() not in (self, None)]
+            if left:
+                _stacks[site.module] = left
+            else:
                 _stacks.pop(site.module, None)
         for config in self._configs:
             _, original, users = _configs[id(config)]
@@ -133,12 +139,17 @@ class Handle:
         self._configs.clear()
         self.surroundings.clear()
         self.forward = Forward()
-        for module in self._unguarded:
-            _guard_recompute(module, self.sites[module].name)
-        self._unguarded.clear()
+        for module in self._recomputable:
+            recompute.guard(module, self.sites[module].name)
+        self._recomputable.clear()
+        if self in (running := getattr(_running, "stack", [])):  # detached in the middle of a forward
+            running.remove(self)
+        self._depth = 0
         self.active = False
 
     def __enter__(self) -> Self:
+        if not self.active:
+            raise ConfigError("this handle was detached; call foveal.attach(model, policy) again.")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -149,6 +160,8 @@ class Handle:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._top():
             return
+        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise UnsupportedError(OUTPUT_ATTENTIONS)
         if self._depth == 0:
             self.forward = Forward()
             self.surroundings.clear()
@@ -156,6 +169,8 @@ class Handle:
                 _running.stack = []
             _running.stack.append(self)
         self._depth += 1
+        if isinstance(kwargs.get("position_ids"), Tensor):
+            self.forward.positions = kwargs["position_ids"]
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._depth == 0:
@@ -179,10 +194,13 @@ class Handle:
         layer = getattr(module, "layer_idx", None)
         keys = cache_keys(cache, layer)
         positions = kwargs.get("position_ids")
+        if positions is None and not recompute.in_backward():
+            positions = self.forward.positions
         self.surroundings[module] = Surroundings(None if cross else cache, layer, keys, hidden, positions, cross)
         self.reached.discard(module)
 
     def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.surroundings.pop(module, None)
         if self._top(module) and module not in self.reached:
             name = self.sites[module].name
             raise UnsupportedError(
@@ -193,23 +211,26 @@ class Handle:
     def _top(self, module: nn.Module | None = None) -> bool:
         """Whether this handle is the innermost one on the model."""
         module = next(iter(self.sites)) if module is None else module
-        stack = _stacks.get(module)
-        return bool(stack) and stack[-1] is self  # type: ignore[index]
+        stack = _attached(module)
+        return bool(stack) and stack[-1] is self
 
     def next_index(self, site: families.AttentionSite) -> int:
         """Number of the self-attention layer that runs now; layers that share a module are counted as they come."""
         if not self._shared:
             return site.index
-        if self.policy.layers and in_backward():
+        if self.policy.layers and recompute.in_backward():
             raise UnsupportedError("layers of this model share one module, so a checkpointed backward cannot tell them apart; use one rule for all layers.")
         index = self.forward.calls % self.num_layers
         self.forward.calls += 1
         return index
 
-    def note_unmasked(self, module: nn.Module) -> None:
-        """A checkpointed forward without a mask ran: nothing would notice its recomputation after :meth:`detach`."""
-        if module.training and getattr(self.model, "is_gradient_checkpointing", False):
-            self._unguarded.add(module)
+    def watch_recompute(self, module: nn.Module) -> None:
+        """Remember modules that backward may run again, and refuse when it does so under another handle than the forward's."""
+        if not recompute.in_backward():
+            if recompute.may_be_recomputed(self.model):
+                self._recomputable.add(module)
+        elif module not in self._recomputable and any(module in other._recomputable for other in _attached(module)):
+            raise recompute.refuse(self.sites[module].name, "under another foveal.attach(...) than the one its forward ran in")
 
     # --- results ----------------------------------------------------------------------------------------------------
 
@@ -231,25 +252,6 @@ class Handle:
             yield self
         finally:
             self.probes.remove(probe)
-
-
-def in_backward() -> bool:
-    """Whether the autograd engine is running, so that a forward now is a checkpoint's recomputation."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _guard_recompute(module: nn.Module, name: str) -> None:
-    """Raise if ``module`` is recomputed by backward after its handle is gone; the next ordinary forward lifts the guard."""
-
-    def check(*_: Any) -> None:
-        if in_backward():
-            raise UnsupportedError(
-                f"backward() recomputes the checkpointed layer {name!r} after its `with foveal.attach(...)` block has ended, which would give "
-                "wrong gradients. Call backward() inside the block."
-            )
-        hook.remove()
-
-    hook = module.register_forward_pre_hook(check)
 
 
 def _configs_of(sites: dict[nn.Module, families.AttentionSite], owners: list[Any]) -> dict[int, Any]:

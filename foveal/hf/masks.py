@@ -82,7 +82,7 @@ class HostMask(torch.Tensor):
         )
 
 
-_LOOKS = {"__get__", "__set__", "dim", "size", "stride", "numel", "ndimension", "__repr__", "__len__", "is_floating_point", "data_ptr", "__hash__", "as_subclass", "is_complex", "requires_grad_", "detach"}  # fmt: skip # noqa: E501
+_LOOKS = {"__get__", "__set__", "dim", "size", "stride", "numel", "ndimension", "__repr__", "__len__", "is_floating_point", "data_ptr", "__hash__", "as_subclass", "is_complex", "requires_grad_", "detach"}  # fmt: skip
 
 
 @dataclass
@@ -210,7 +210,7 @@ def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask
         device: torch.device | str | None = None, **kwargs: Any,
     ) -> HostMask:  # fmt: skip
         offset = int(q_offset)  # a static cache counts up its own tensor in place
-        given = {"batch_size": batch_size, "kv_length": kv_length, "mask_function": mask_function, "kv_offset": kv_offset, "attention_mask": attention_mask, **kwargs}  # fmt: skip # noqa: E501
+        given = {"batch_size": batch_size, "kv_length": kv_length, "mask_function": mask_function, "kv_offset": kv_offset, "attention_mask": attention_mask, **kwargs}  # fmt: skip
         if cache_position is not None:  # transformers before 5.17
             given["cache_position"] = cache_position
             q_length, offset, device = cache_position.shape[0], int(cache_position[0]), cache_position.device
@@ -232,8 +232,14 @@ def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask
     return foveal_mask
 
 
-def base_from_tensor(mask: Tensor, q_len: int, kv_len: int) -> BaseMask:
+def base_from_tensor(mask: Tensor, q_len: int, kv_len: int, shift: int, cross: bool = False) -> BaseMask:
     """A user's own 4-D mask, bool or additive with only 0 and −inf (or the dtype's minimum), as a base mask.
+
+    Args:
+        mask: ``(B or 1, 1 or H, ≥ q_len, ≥ kv_len)``.
+        q_len, kv_len: numbers of query rows and keys.
+        shift: key index of row 0.
+        cross: rows and keys are different sequences, so that there is no future.
 
     Raises:
         UnsupportedError: when it adds other numbers to the logits, or its shape does not fit.
@@ -258,10 +264,10 @@ def base_from_tensor(mask: Tensor, q_len: int, kv_len: int) -> BaseMask:
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return mask[b if mask.shape[0] > 1 else torch.zeros_like(b), 0, q, k]
 
-    base = BaseMask.build(q_len, kv_len, causal=False, predicate=predicate, shift=kv_len - q_len, device=mask.device)
+    base = BaseMask.build(q_len, kv_len, causal=False, predicate=predicate, shift=shift, device=mask.device)
     base.cache["predicate_batch"] = mask.shape[0]
     # a triangular mask keeps its meaning for patterns that need to know where the future begins
-    own = torch.arange(q_len, device=mask.device)[:, None] + base.shift
+    own = torch.arange(q_len, device=mask.device)[:, None] + shift
     future = torch.arange(kv_len, device=mask.device)[None, :] > own
-    base.causal = not bool((mask[:, 0] & future).any())
+    base.causal = not cross and not bool((mask[:, 0] & future).any())
     return base

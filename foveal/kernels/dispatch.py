@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..core.base_mask import BaseMask
@@ -53,6 +53,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@functools.cache
 def missing(impl: str) -> str | None:
     """Why an implementation is not available on this machine at all, or None."""
     if impl in ("native", "triton"):
@@ -79,34 +80,35 @@ def refusals(impl: str, call: AttentionCall) -> list[str]:
     return check(call) if check else []
 
 
-def choose(call: AttentionCall) -> Explanation:
-    """What ``impl="auto"`` picks for this call."""
-    sparse = call.layout is not None
+def _order(call: AttentionCall) -> list[tuple[str, str]]:
+    """Implementations in the order in which ``auto`` tries them, with the reason for each."""
     cuda = call.q.device.type == "cuda"
-    if not sparse:
+    if call.layout is None:
         order = [("native", "C++ kernel"), ("sdpa", "torch's own dense kernel is the fastest dense path here")]
-        order += [("flex", "dense with a mask that SDPA would have to materialise"), ("gather", "dense, tile by tile, without an N×N mask")]
-        if not cuda:
-            order = [o for o in order if o[0] != "flex"]
-    elif isinstance(call.layout, BlockMask) and cuda:
-        order = [("triton", "own GPU kernel"), ("flex", "compiled block-sparse kernel"), ("gather", "plain PyTorch block-sparse")]
-    else:
-        order = [("native", "C++ kernel"), ("gather", "really skips what the layout drops, with gradients, on any device")]
         if cuda:
-            order[0] = ("triton", "own GPU kernel")
-    refused: dict[str, list[str]] = {}
-    for name, why in order:
-        reasons = refusals(name, call)
-        if not reasons:
-            chosen, reason = name, why
-            break
-        refused[name] = reasons
-    else:  # pragma: no cover - gather refuses nothing
-        raise UnsupportedError("no implementation can run this call: " + str(refused))
-    for name in IMPLEMENTATIONS:
-        if name != chosen and name not in refused:
-            refused[name] = refusals(name, call) or ["could run this call; chosen against: " + _against(name)]
-    return Explanation(chosen, reason, {n: refused[n] for n in IMPLEMENTATIONS if n in refused})
+            order.append(("flex", "dense with a mask that SDPA would have to materialise"))
+        return [*order, ("gather", "dense, tile by tile, without an N×N mask")]
+    own = ("triton", "own GPU kernel") if cuda else ("native", "C++ kernel")
+    if cuda and isinstance(call.layout, BlockMask):
+        return [own, ("flex", "compiled block-sparse kernel"), ("gather", "plain PyTorch block-sparse")]
+    return [own, ("gather", "really skips what the layout drops, with gradients, on any device")]
+
+
+def pick(call: AttentionCall) -> str:
+    """The name that ``impl="auto"`` runs for this call."""
+    return next(name for name, _ in _order(call) if not refusals(name, call))
+
+
+def choose(call: AttentionCall) -> Explanation:
+    """What ``impl="auto"`` picks for this call, why, and what speaks against every other implementation."""
+    chosen = pick(call)
+    order = dict(_order(call))
+    refused = {
+        name: refusals(name, call) or [f"could run this call; chosen against: {_against(name)}"]
+        for name in IMPLEMENTATIONS
+        if name != chosen
+    }
+    return Explanation(chosen, order[chosen], refused)
 
 
 def _against(name: str) -> str:
@@ -139,14 +141,16 @@ def compute(call: AttentionCall, impl: str = "auto", sink_logits: Tensor | None 
     if sink_logits is not None:
         call = call.replace(return_lse=True)
     if impl == "auto":
-        impl = choose(call).impl
+        impl = pick(call)
         _warn_if_slow(call, impl)
     else:
         if impl not in IMPLEMENTATIONS:
             raise ConfigError(f"impl={impl!r} is unknown. {nearest(impl, IMPLEMENTATIONS)}")
         reasons = refusals(impl, call)
         if reasons:
-            raise UnsupportedError(f"impl={impl!r} cannot run this call: it {'; '.join(reasons)}. Use impl='auto', or see foveal.explain(...).")
+            raise UnsupportedError(
+                f"impl={impl!r} cannot run this call: it {'; '.join(reasons)}. Use impl='auto', or see foveal.explain(...)."
+            )
     out, lse = _module(impl).attend(call)
     if sink_logits is not None:
         out, lse = add_sink(out, lse, sink_logits)
@@ -154,9 +158,9 @@ def compute(call: AttentionCall, impl: str = "auto", sink_logits: Tensor | None 
 
 
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Layout | Pattern | None = None, *, causal: bool = False, scale: float | None = None, softcap: float | None = None, sink_logits: Tensor | None = None, bias: Tensor | None = None, impl: str = "auto", return_lse: Literal[False] = False) -> Tensor: ...  # fmt: skip # noqa: E501
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Layout | Pattern | None = None, *, causal: bool = False, scale: float | None = None, softcap: float | None = None, sink_logits: Tensor | None = None, bias: Tensor | None = None, impl: str = "auto", return_lse: Literal[False] = False) -> Tensor: ...  # fmt: skip
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Layout | Pattern | None = None, *, causal: bool = False, scale: float | None = None, softcap: float | None = None, sink_logits: Tensor | None = None, bias: Tensor | None = None, impl: str = "auto", return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...  # fmt: skip # noqa: E501
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Layout | Pattern | None = None, *, causal: bool = False, scale: float | None = None, softcap: float | None = None, sink_logits: Tensor | None = None, bias: Tensor | None = None, impl: str = "auto", return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,
@@ -194,7 +198,18 @@ def attention(
         ConfigError: an unknown ``impl``, or a scale or softcap that is not a finite number.
         UnsupportedError: an explicit ``impl`` that cannot run this call, with every reason.
     """
-    call = prepare(q, k, v, mask, causal=causal, scale=scale, softcap=softcap, sink_logits=sink_logits, bias=bias, return_lse=return_lse)
+    call = prepare(
+        q,
+        k,
+        v,
+        mask,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        bias=bias,
+        return_lse=return_lse,
+    )
     out, lse = compute(call, impl, sink_logits)
     if return_lse:
         assert lse is not None
@@ -216,7 +231,18 @@ def explain(
     return_lse: bool = False,
 ) -> Explanation:
     """What ``impl="auto"`` would run for these arguments, why, and what speaks against every other implementation."""
-    call = prepare(q, k, v, mask, causal=causal, scale=scale, softcap=softcap, sink_logits=sink_logits, bias=bias, return_lse=return_lse)
+    call = prepare(
+        q,
+        k,
+        v,
+        mask,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        bias=bias,
+        return_lse=return_lse,
+    )
     return choose(call.replace(return_lse=return_lse or sink_logits is not None))
 
 
@@ -242,7 +268,9 @@ def prepare(
         raise ConfigError(f"softcap is {softcap!r}; expected a number above 0, or None for no softcap.")
     heads = q.shape[1]
     if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
-        raise ShapeError(f"sink_logits has shape {tuple(sink_logits.shape)}; expected ({heads},), one logit per query head.")
+        raise ShapeError(
+            f"sink_logits has shape {tuple(sink_logits.shape)}; expected ({heads},), one logit per query head."
+        )
     if bias is not None and (bias.dim() != 2 or bias.shape[0] != heads or bias.shape[1] % 2 == 0):
         raise ShapeError(
             f"bias has shape {tuple(bias.shape)}; expected (H={heads}, 2R+1), an odd number of relative distances per head, never an N×N tensor."
@@ -261,13 +289,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not t.is_floating_point():
             raise ShapeError(f"{name} has dtype {t.dtype}; expected a floating-point tensor.")
         if t.dtype != q.dtype or t.device != q.device:
-            raise ShapeError(f"{name} is {t.dtype} on {t.device} and q is {q.dtype} on {q.device}; expected the same dtype and device.")
+            raise ShapeError(
+                f"{name} is {t.dtype} on {t.device} and q is {q.dtype} on {q.device}; expected the same dtype and device."
+            )
     if q.shape[0] != k.shape[0] or k.shape[0] != v.shape[0]:
         raise ShapeError(f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; expected the same.")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise ShapeError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; expected the same heads and length.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ShapeError(f"q has {q.shape[1]} heads and k has {k.shape[1]}; num_heads must be a multiple of num_kv_heads.")
+        raise ShapeError(
+            f"q has {q.shape[1]} heads and k has {k.shape[1]}; num_heads must be a multiple of num_kv_heads."
+        )
     if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
         raise ShapeError(f"q has head_dim {q.shape[-1]} and k has {k.shape[-1]}; expected the same, at least 1.")
     if v.shape[-1] == 0:

@@ -15,6 +15,7 @@ from ..core.layouts import BlockMask, narrow
 from .call import AttentionCall
 
 
+@functools.cache
 def unavailable() -> str | None:
     """Why FlexAttention cannot run on this machine, or None."""
     if torch.cuda.is_available():

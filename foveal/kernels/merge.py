@@ -24,7 +24,9 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         ShapeError: when the lists differ in length or shape.
     """
     if len(outs) != len(lses) or not outs:
-        raise ShapeError(f"merge received {len(outs)} outs and {len(lses)} lses; expected the same number, at least one.")
+        raise ShapeError(
+            f"merge received {len(outs)} outs and {len(lses)} lses; expected the same number, at least one."
+        )
     for i, (o, part) in enumerate(zip(outs, lses, strict=True)):
         if o.shape[:-1] != part.shape or part.shape != lses[0].shape:
             raise ShapeError(

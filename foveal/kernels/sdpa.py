@@ -19,7 +19,9 @@ def refusals(call: AttentionCall) -> list[str]:
     if call.bias is not None:
         reasons.append("would need the relative-position bias as an N×N tensor")
     if not base.plain or (base.causal and not _square(call) and base.q_len != 1):
-        reasons.append("would need the mask (padding, window, documents, or a causal chunk after a cache) as an N×N tensor")
+        reasons.append(
+            "would need the mask (padding, window, documents, or a causal chunk after a cache) as an N×N tensor"
+        )
     if call.scale <= 0 and base.causal:
         reasons.append("gives NaN for a causal mask with a scale of 0 or below")
     if call.return_lse:
@@ -49,5 +51,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if call.return_lse:
         k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(call.q, k, v, 0.0, causal, scale=call.scale)
-    out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, is_causal=causal, scale=call.scale, enable_gqa=call.groups > 1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        call.q, k, v, is_causal=causal, scale=call.scale, enable_gqa=call.groups > 1
+    )
     return out.to(call.q.dtype), None  # autocast may have lowered it

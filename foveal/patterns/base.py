@@ -62,7 +62,9 @@ class Pattern:
     def from_json(cls, data: Any, where: str = "pattern") -> Self:
         """Build the pattern that ``data["pattern"]`` names; raises :class:`ConfigError` naming field, value and fix."""
         if not isinstance(data, Mapping) or not isinstance(data.get("pattern"), str):
-            raise ConfigError(f'{where} is {data!r}; expected an object such as {{"pattern": "sliding_window", "window": 1024}}.')
+            raise ConfigError(
+                f'{where} is {data!r}; expected an object such as {{"pattern": "sliding_window", "window": 1024}}.'
+            )
         found = registry.lookup("pattern", data["pattern"], where)
         fields = {k: v for k, v in data.items() if k != "pattern"}
         pattern = serial.from_json(found, fields, f"{where} ({data['pattern']})")

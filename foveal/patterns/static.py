@@ -60,7 +60,9 @@ def _tiles(base: BaseMask, window: int, sinks: int, dense_rows: int, block: int)
     real = torch.nn.functional.pad(torch.ones_like(sink), (0, pad)).view(sink.shape[0], 1, -1, block)
     early = tiles.any(-1).to(torch.int8) * PARTIAL
     early[(tiles | ~real).all(-1) & tiles.any(-1)] = FULL
-    return block_mask(torch.maximum(kinds, early)[:, None], (block, block), (base.q_len, base.kv_len), _mask_mod(near, sink))
+    return block_mask(
+        torch.maximum(kinds, early)[:, None], (block, block), (base.q_len, base.kv_len), _mask_mod(near, sink)
+    )
 
 
 def _mask_mod(near: BaseMask, sink: Tensor) -> Predicate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,9 @@ class Rule:
         decode = Pattern.from_json(data["decode"], f"{where}.decode") if data.get("decode") is not None else None
         heads = data.get("heads", {})
         if not isinstance(heads, Mapping):
-            raise ConfigError(f'{where}.heads is {heads!r}; expected an object such as {{"0-3": {{"pattern": "dense"}}}}.')
+            raise ConfigError(
+                f'{where}.heads is {heads!r}; expected an object such as {{"0-3": {{"pattern": "dense"}}}}.'
+            )
         spans = [(*_parse_span(s, f"{where}.heads"), s) for s in heads]
         rules = tuple((a, b, cls.from_json(heads[s], f"{where}.heads[{s}]")) for a, b, s in spans)
         _disjoint([(a, b) for a, b, _ in spans], f"{where}.heads")
@@ -104,7 +107,9 @@ class Policy:
             return policy
         if isinstance(policy, Pattern):
             return cls.uniform(policy)
-        raise ConfigError(f"policy is a {type(policy).__name__}; expected a foveal.Policy or a Pattern such as SlidingWindow(window=1024).")
+        raise ConfigError(
+            f"policy is a {type(policy).__name__}; expected a foveal.Policy or a Pattern such as SlidingWindow(window=1024)."
+        )
 
     def rule(self, layer: int) -> Rule:
         """The rule of one layer."""
@@ -114,7 +119,11 @@ class Policy:
         out: dict[str, Any] = {"foveal_policy": VERSION, "name": self.name, "default": self.default.to_json()}
         out["layers"] = {_span(a, b): rule.to_json() for a, b, rule in _runs(self.layers)}
         if self.model is not None:
-            out["model"] = {"architecture": self.model.architecture, "layers": self.model.layers, "sha256": self.model.sha256}
+            out["model"] = {
+                "architecture": self.model.architecture,
+                "layers": self.model.layers,
+                "sha256": self.model.sha256,
+            }
         if self.dtype:
             out["dtype"] = self.dtype
         if self.context is not None:
@@ -127,10 +136,14 @@ class Policy:
         _known(data, ("foveal_policy", "name", "default", "layers", "model", "dtype", "context"), where)
         version = data.get("foveal_policy")
         if version != VERSION:
-            raise ConfigError(f"{where}.foveal_policy is {version!r}; this foveal reads version {VERSION}. Make the policy again with `foveal tune`.")
+            raise ConfigError(
+                f"{where}.foveal_policy is {version!r}; this foveal reads version {VERSION}. Make the policy again with `foveal tune`."
+            )
         layers = data.get("layers", {})
         if not isinstance(layers, Mapping):
-            raise ConfigError(f'{where}.layers is {layers!r}; expected an object such as {{"0-11": {{"pattern": "dense"}}}}.')
+            raise ConfigError(
+                f'{where}.layers is {layers!r}; expected an object such as {{"0-11": {{"pattern": "dense"}}}}.'
+            )
         spans = [(*_parse_span(s, f"{where}.layers"), s) for s in layers]
         _disjoint([(a, b) for a, b, _ in spans], f"{where}.layers")
         rules = []
@@ -141,7 +154,7 @@ class Policy:
         for key in ("name", "dtype"):
             if not isinstance(data.get(key, ""), str):
                 raise ConfigError(f"{where}.{key} is {data[key]!r}; expected a string.")
-        return cls(default, tuple(sorted(rules, key=lambda r: r[0])), data.get("name", ""), _stamp(data.get("model"), where), data.get("dtype", ""), _context(data.get("context"), where))  # fmt: skip # noqa: E501
+        return cls(default, tuple(sorted(rules, key=lambda r: r[0])), data.get("name", ""), _stamp(data.get("model"), where), data.get("dtype", ""), _context(data.get("context"), where))  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
@@ -157,29 +170,39 @@ class Policy:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"policy file {path} does not exist; make one with `foveal tune MODEL --out DIR`.") from None
+            raise ConfigError(
+                f"policy file {path} does not exist; make one with `foveal tune MODEL --out DIR`."
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"policy file {path} cannot be read: {error}.") from None
         except json.JSONDecodeError as error:
-            raise ConfigError(f"policy file {path} is not JSON: {error}. Make it again with `foveal tune MODEL --out DIR`.") from None
+            raise ConfigError(
+                f"policy file {path} is not JSON: {error}. Make it again with `foveal tune MODEL --out DIR`."
+            ) from None
         return cls.from_json(data, str(path))
 
     def check_fits(self, layers: int, architecture: str, sha256: str = "") -> None:
         """Raise :class:`ConfigError` when the policy was made for another model or names layers that are not there."""
         top = max((i for i, _ in self.layers), default=-1)
         if top >= layers:
-            raise ConfigError(f"the policy names layer {top}, but the model has {layers} self-attention layers (0 to {layers - 1}).")
+            raise ConfigError(
+                f"the policy names layer {top}, but the model has {layers} self-attention layers (0 to {layers - 1})."
+            )
         stamp = self.model
         if stamp is None:
             return
         if stamp.layers and stamp.layers != layers:
-            raise ConfigError(f"the policy was made for {stamp.layers} layers and this model has {layers}; run `foveal tune` on this model.")
+            raise ConfigError(
+                f"the policy was made for {stamp.layers} layers and this model has {layers}; run `foveal tune` on this model."
+            )
         if stamp.architecture and stamp.architecture != architecture:
-            raise ConfigError(f"the policy was made for {stamp.architecture} and this model is {architecture}; run `foveal tune` on this model.")
+            raise ConfigError(
+                f"the policy was made for {stamp.architecture} and this model is {architecture}; run `foveal tune` on this model."
+            )
         if stamp.sha256 and sha256 and stamp.sha256 != sha256:
             raise ConfigError(
                 f"the policy was made for weights {stamp.sha256[:12]} and this model's are {sha256[:12]}; run `foveal tune` on this model, "
-                "or remove the policy's \"model\" entry to use it untested."
+                'or remove the policy\'s "model" entry to use it untested.'
             )
 
 
@@ -204,9 +227,11 @@ def _parse_span(text: str, where: str) -> tuple[int, int]:
 
 def _disjoint(spans: list[tuple[int, int]], where: str) -> None:
     ordered = sorted(spans)
-    for (a, b), (c, d) in zip(ordered, ordered[1:], strict=False):
+    for (a, b), (c, d) in itertools.pairwise(ordered):
         if c <= b:
-            raise ConfigError(f"{where} lists {_span(a, b)!r} and {_span(c, d)!r}, which overlap; give each index one rule.")
+            raise ConfigError(
+                f"{where} lists {_span(a, b)!r} and {_span(c, d)!r}, which overlap; give each index one rule."
+            )
 
 
 def _runs(layers: tuple[tuple[int, Rule], ...]) -> list[tuple[int, int, Rule]]:
@@ -232,6 +257,8 @@ def _stamp(data: Any, where: str) -> ModelStamp | None:
 def _context(data: Any, where: str) -> tuple[int, int] | None:
     if data is None:
         return None
-    if not (isinstance(data, list) and len(data) == 2 and all(isinstance(n, int) for n in data) and 0 < data[0] <= data[1]):
+    if not (
+        isinstance(data, list) and len(data) == 2 and all(isinstance(n, int) for n in data) and 0 < data[0] <= data[1]
+    ):
         raise ConfigError(f"{where}.context is {data!r}; expected two lengths such as [4096, 4096].")
     return data[0], data[1]

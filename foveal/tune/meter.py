@@ -102,7 +102,9 @@ class Meter:
         fit = LOGIT_BYTES // (4 * self.vocabulary)
         return min(length - 1, fit) if self._keeps else length - 1
 
-    def quality(self, ids: Tensor, policy: Policy | None, reference: DenseLogits | None = None, what: str = "the model") -> Quality:
+    def quality(
+        self, ids: Tensor, policy: Policy | None, reference: DenseLogits | None = None, what: str = "the model"
+    ) -> Quality:
         """Teacher-forced loss over ``ids`` ``(1, N)``, and the KL to ``reference`` where it is given.
 
         Raises:

@@ -47,9 +47,11 @@ class TuneOptions:
         check_range(self, "seed", low=0)
         check_range(self, "decode_tokens", low=2)
         if not self.max_ppl_increase > 0:
-            raise ConfigError(f"max_ppl_increase is {self.max_ppl_increase!r}; expected a value above 0, such as 0.01 for 1 %.")
+            raise ConfigError(
+                f"max_ppl_increase is {self.max_ppl_increase!r}; expected a value above 0, such as 0.01 for 1 %."
+            )
         if self.decode_tokens > self.context // 2:
-            raise ConfigError(f"decode_tokens is {self.decode_tokens} and context {self.context}; expected at most half of the context. Pass a longer --context.")  # fmt: skip # noqa: E501
+            raise ConfigError(f"decode_tokens is {self.decode_tokens} and context {self.context}; expected at most half of the context. Pass a longer --context.")  # fmt: skip
 
     @property
     def folder(self) -> Path:

@@ -59,7 +59,9 @@ class _Work:
         self.report(what, min(self.done, self.total), self.total)
 
 
-def run_tune(options: TuneOptions, report: Report | None = None, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run_tune(
+    options: TuneOptions, report: Report | None = None, say: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Measure, search and choose; write ``results.json``, ``policy.json`` and ``report.html`` into ``options.out``.
 
     Args:
@@ -101,7 +103,9 @@ def _prepare(options: TuneOptions, report: Report, say: Callable[[str], None]) -
     loaded = load_model(options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code, progress=say)  # fmt: skip
     limit = loaded.context_limit
     if limit is not None and options.context > limit:
-        raise ConfigError(f"context is {options.context}, but {loaded.name} was made for at most {limit} tokens; pass --context {limit} or less.")
+        raise ConfigError(
+            f"context is {options.context}, but {loaded.name} was made for at most {limit} tokens; pass --context {limit} or less."
+        )
     if hasattr(loaded.model, "set_attn_implementation") and loaded.model.config._attn_implementation != BASELINE:
         loaded.model.set_attn_implementation(BASELINE)
     ids = text.tokens(loaded.tokenizer, content)
@@ -111,7 +115,9 @@ def _prepare(options: TuneOptions, report: Report, say: Callable[[str], None]) -
     digest = hashlib.sha256(content.encode()).hexdigest()
     info = {"name": text.text_name(options.text), "sha256": digest, "tokens": len(ids)}
     journal = Journal(journal_path, options.digest(model_sha=loaded.fingerprint, text_sha=digest))
-    return _Work(options, loaded, Meter(loaded.model, options.impl), journal, spans.search, spans.held_out, needles, info, report)
+    return _Work(
+        options, loaded, Meter(loaded.model, options.impl), journal, spans.search, spans.held_out, needles, info, report
+    )
 
 
 def _layers(work: _Work) -> int:
@@ -123,7 +129,9 @@ def _layers(work: _Work) -> int:
 def _profile(work: _Work) -> dict[str, Any]:
     """Step 2: what every head does on the search text."""
     if "profile" not in work.journal:
-        got = profile_model(work.loaded.model, work.search_ids, window=min(128, work.options.context // 8), seed=work.options.seed)
+        got = profile_model(
+            work.loaded.model, work.search_ids, window=min(128, work.options.context // 8), seed=work.options.seed
+        )
         work.journal.put("profile", {"json": got.to_json()})
     work.tick("profiled every head")
     profile: dict[str, Any] = work.journal["profile"]["json"]
@@ -145,7 +153,7 @@ Unit = Callable[[Candidate | None], dict[str, Any]]
 
 def _round(work: _Work, kind: str, candidates: list[Candidate], unit: Unit) -> None:
     missing = [c for c in candidates if f"{kind}.{c.name}" not in work.journal]
-    number = sum(k.startswith(f"{kind}.{BASELINE}.") for k in work.journal.keys())
+    number = sum(k.startswith(f"{kind}.{BASELINE}.") for k in work.journal)
     if missing:
         _baseline(work, kind, number, unit)
     for candidate in candidates:
@@ -179,7 +187,9 @@ def _quality_unit(work: _Work) -> Unit:
 def _decoding_unit(work: _Work) -> Unit:
     def unit(candidate: Candidate | None) -> dict[str, Any]:
         name = candidate.name if candidate else "the dense model"
-        got = work.meter.decoding(work.held_out, work.options.decode_tokens, candidate.policy if candidate else None, name)
+        got = work.meter.decoding(
+            work.held_out, work.options.decode_tokens, candidate.policy if candidate else None, name
+        )
         return {
             "prefill": got.prefill_seconds, "step": got.step_seconds, "nll": _short(got.nll), "peak_mb": got.peak_mb,
             "density": got.density.density,
@@ -198,7 +208,9 @@ def _retrieval_unit(work: _Work) -> Unit:
 
 def _again(work: _Work, candidates: list[Candidate], rows: list[dict[str, Any]]) -> None:
     """Time the prefill of the best candidates once more, beside the model's own attention."""
-    good = sorted((r for r in rows if r["verdict"] in ("allowed", "chosen")), key=lambda r: -r["prefill_speedup"])[:FINALISTS]
+    good = sorted((r for r in rows if r["verdict"] in ("allowed", "chosen")), key=lambda r: -r["prefill_speedup"])[
+        :FINALISTS
+    ]
     names = [r["name"] for r in good]
     finalists = [c for c in candidates if c.name in names]
 
@@ -229,7 +241,7 @@ def _decode_rule(work: _Work, proposed: list[Candidate]) -> Callable[[Pattern], 
 def _runs(work: _Work, kind: str, name: str) -> list[dict[str, Any]]:
     """All journal entries of one kind for a candidate, or for the baseline."""
     if name == BASELINE:
-        return [work.journal[k] for k in work.journal.keys() if k.startswith(f"{kind}.{BASELINE}.")]
+        return [work.journal[k] for k in work.journal if k.startswith(f"{kind}.{BASELINE}.")]
     key = f"{kind}.{name}"
     return [work.journal[key]] if key in work.journal else []
 
@@ -259,7 +271,7 @@ def _figures(work: _Work, candidates: list[Candidate]) -> tuple[list[dict[str, A
     return rows, baseline, informative
 
 
-def _row(work: _Work, candidate: Candidate, dense: dict[str, list[dict[str, Any]]], kinds: tuple[str, ...], baseline: dict[str, Any], informative: bool) -> dict[str, Any]:  # fmt: skip # noqa: E501
+def _row(work: _Work, candidate: Candidate, dense: dict[str, list[dict[str, Any]]], kinds: tuple[str, ...], baseline: dict[str, Any], informative: bool) -> dict[str, Any]:  # fmt: skip
     own = {kind: _runs(work, kind, candidate.name) for kind in kinds}
     speed = [r for kind in kinds for r in ratios(dense[kind], own[kind], "prefill")]
     quality, decoding, retrieval = own["quality"][0], own["decoding"][0], own["retrieval"][0]
@@ -305,7 +317,7 @@ def _look_ahead(policy: Policy) -> str:
 # --- results -----------------------------------------------------------------------------------------------------------
 
 
-def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], informative: bool, chosen: str, why: str, profile: dict[str, Any], found: Found | None) -> dict[str, Any]:  # fmt: skip # noqa: E501
+def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], informative: bool, chosen: str, why: str, profile: dict[str, Any], found: Found | None) -> dict[str, Any]:  # fmt: skip
     options, model = work.options, work.loaded.model
     config = model.config.get_text_config()
     where = provenance()

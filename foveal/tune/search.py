@@ -65,7 +65,8 @@ class Found:
 
     def to_json(self) -> dict[str, Any]:
         layers = [
-            {"layer": i, "tried": [vars(t) for t in trials], "picked": self.picked[i]} for i, trials in enumerate(self.trials)
+            {"layer": i, "tried": [vars(t) for t in trials], "picked": self.picked[i]}
+            for i, trials in enumerate(self.trials)
         ]
         return {"options": [str(p) for p in self.options], "layers": layers, "rounds": self.rounds}
 
@@ -136,7 +137,7 @@ def choose(trials: Sequence[Sequence[Trial]], limit: float, bins: int = 2000) ->
     best = [0.0] + [math.inf] * bins
     back: list[list[int]] = []
     for layer in trials:
-        usable = [(t.option, t.seconds, 0 if t.option == 0 else math.ceil((t.kl or 0.0) / unit)) for t in layer if t.option == 0 or t.kl is not None]  # fmt: skip # noqa: E501
+        usable = [(t.option, t.seconds, 0 if t.option == 0 else math.ceil((t.kl or 0.0) / unit)) for t in layer if t.option == 0 or t.kl is not None]  # fmt: skip
         grown, came = [math.inf] * (bins + 1), [0] * (bins + 1)
         for option, seconds, weight in usable:
             for spent in range(weight, bins + 1):
@@ -192,7 +193,7 @@ def search(
     return _assemble(meter, ids, options, trials, max_increase, journal, decode_of, tick)
 
 
-def _assemble(meter: Meter, ids: Tensor, options: Sequence[Pattern], trials: list[list[Trial]], max_increase: float, journal: Journal, decode_of: Callable[[Pattern], Pattern | None], tick: Callable[[str], None]) -> tuple[Found, Policy]:  # fmt: skip # noqa: E501
+def _assemble(meter: Meter, ids: Tensor, options: Sequence[Pattern], trials: list[list[Trial]], max_increase: float, journal: Journal, decode_of: Callable[[Pattern], Pattern | None], tick: Callable[[str], None]) -> tuple[Found, Policy]:  # fmt: skip
     """Steps 3 and 4."""
     if "search.dense" not in journal:
         dense = meter.quality(ids, None)
@@ -219,7 +220,7 @@ def _assemble(meter: Meter, ids: Tensor, options: Sequence[Pattern], trials: lis
             seconds = sum(row[o].seconds for row, o in zip(trials, picked, strict=True))
             if seconds < best[0]:
                 best = (seconds, picked)
-            if all(o == min(row, key=lambda t: t.seconds if t.option == 0 or t.kl is not None else math.inf).option for row, o in zip(trials, picked, strict=True)):  # fmt: skip # noqa: E501
+            if all(o == min(row, key=lambda t: t.seconds if t.option == 0 or t.kl is not None else math.inf).option for row, o in zip(trials, picked, strict=True)):  # fmt: skip
                 break  # nothing faster is left to choose
             limit = min(limit * 2, (limit + lowest_bad) / 2)
         else:
@@ -229,7 +230,9 @@ def _assemble(meter: Meter, ids: Tensor, options: Sequence[Pattern], trials: lis
     return found, _policy(options, best[1], decode_of)
 
 
-def _policy(options: Sequence[Pattern], picked: Sequence[int], decode_of: Callable[[Pattern], Pattern | None]) -> Policy:
+def _policy(
+    options: Sequence[Pattern], picked: Sequence[int], decode_of: Callable[[Pattern], Pattern | None]
+) -> Policy:
     rules = tuple((i, Rule(options[o], decode_of(options[o]))) for i, o in enumerate(picked))
     return Policy(layers=rules, name="per layer")
 

@@ -106,7 +106,17 @@ def table(results: Mapping[str, Any]) -> Table:
         box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=Text(_caption(results), style="dim"),
     )  # fmt: skip
     shown.add_column("attention", overflow="fold", min_width=14)
-    for name in ("density", "tile\ndensity", "prefill\n×", "decode\n×", "peak\nmem ×", "ppl\nΔ %", "decode\nppl Δ %", "KL", "needle"):
+    for name in (
+        "density",
+        "tile\ndensity",
+        "prefill\n×",
+        "decode\n×",
+        "peak\nmem ×",
+        "ppl\nΔ %",
+        "decode\nppl Δ %",
+        "KL",
+        "needle",
+    ):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
     shown.add_row(

@@ -38,7 +38,9 @@ def middle(values: Sequence[float]) -> float:
     return float(median(values)) if values else 1.0
 
 
-def judge(candidates: list[dict[str, Any]], baseline: dict[str, Any], limit: float, informative: bool) -> tuple[str, str]:
+def judge(
+    candidates: list[dict[str, Any]], baseline: dict[str, Any], limit: float, informative: bool
+) -> tuple[str, str]:
     """Write ``verdict`` and ``why`` into every candidate; return the chosen name and the reason.
 
     A candidate is allowed when its perplexity, teacher-forced and through cached decoding, rises by at most ``limit`` and it
