@@ -163,9 +163,11 @@ def narrow(mask: BlockMask | None, base: BaseMask, block_size: tuple[int, int] =
     inner, outer = mask.mask_mod, base.mask_mod()
     free = inner is noop_mask
     whole = kinds == FULL
-    lookup = not free and bool((whole & (allowed == PARTIAL)).any())  # whole tiles never ask the mask's own mask_mod
     b_step, h_step = int(kinds.shape[0] > 1), int(kinds.shape[1] > 1)
     q_block, kv_block = mask.BLOCK_SIZE
+    # Whole tiles never ask the mask's own mask_mod; those that the base mask or the end of the keys cuts must be told so.
+    ragged = base.kv_len % kv_block != 0 and bool(whole[..., -1].any())
+    lookup = not free and (ragged or bool((whole & (allowed == PARTIAL)).any()))
 
     def both(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if free:

@@ -110,17 +110,18 @@ def stratified_mean(values: Tensor, rows: Rows, keep: Tensor | None = None) -> E
     Returns:
         An :class:`Estimate` of shape ``(...)``; NaN where no row counts.
     """
-    weight = rows.weight.expand(values.shape)
+    stands_for = rows.weight.expand(values.shape)
+    counts = stands_for > 0
     if keep is not None:
-        weight = weight * keep
-    total = weight.sum((-1, -2))
-    weight = weight / total[..., None, None]  # 0/0 = NaN where nothing counts
-    y = torch.where(weight > 0, values.double(), 0.0)
-    mean = (weight * y).sum((-1, -2))
+        counts = counts & keep
+    y = torch.where(counts, values.double(), 0.0)
+    total = (stands_for * counts).sum((-1, -2))  # 0/0 = NaN where nothing counts
+    mean = (stands_for * y).sum((-1, -2)) / total
+    residual = torch.where(counts, y - mean[..., None, None], 0.0)  # of the ratio: which rows count is random too
     strata = values.shape[-1]
-    pairs = weight[..., 1:] * weight[..., :-1] * y.diff(dim=-1).square()
+    pairs = stands_for[..., 1:] * stands_for[..., :-1] * residual.diff(dim=-1).square()
     inflate = strata / max(strata - 1, 1)  # R strata give R − 1 differences
-    variance = (0.5 * inflate * pairs.sum(-1) * (1 - rows.fraction).clamp(min=0)).sum(-1)
+    variance = (0.5 * inflate * pairs.sum(-1) * (1 - rows.fraction).clamp(min=0)).sum(-1) / total.square()
     half = Z95 * variance.sqrt()
     return Estimate(mean, mean - half, mean + half)
 

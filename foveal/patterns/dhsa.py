@@ -59,8 +59,8 @@ class DHSA(Pattern):
             themselves, ``topk`` reads the future and may leave rows with no key, which give zeros.
 
     The literal chunk form is refused: its lists hold early keys twice, and a layout has unique positions.
-    Which rows are last, the vertical and slash scores and the choice among predicted boundaries are known only at the end
-    of a prompt, so a prompt fed in chunks gives other, equally valid choices. State: ``Chunks`` for the chunk form.
+    Which rows are last, K under a density, the vertical and slash scores and the choice among predicted boundaries are known
+    only at the end of a prompt, so a prompt fed in chunks gives other, equally valid choices. State: ``Chunks`` for the chunk form.
     """
 
     budget: Budget = Budget(density=0.125)
@@ -112,7 +112,8 @@ class DHSA(Pattern):
     def look_ahead(self) -> LookAhead:
         if self.variant == "chunk":
             return "prefill" if self.predictor or self.instruction else "block"
-        return "prefill" if self.variant in ("vs", "vsb") or (self.variant == "topk" and self.literal) else "block"
+        by_length = self.budget.tokens is None  # K then follows from the prompt's length
+        return "prefill" if by_length or self.variant in ("vs", "vsb") or (self.variant == "topk" and self.literal) else "block"
 
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
         """A ``BlockMask`` (block variants) or ``KeySelection`` (chunk form); dense for one new token unless reconstructed."""
@@ -126,7 +127,7 @@ class DHSA(Pattern):
             rule = BlockRule(self.variant, self.budget, self.q_block, self.kv_block, scale, self.literal)
             return tile_layout(q, k, base, (self.q_block, self.kv_block), rule.keep), state
         if not base.causal:
-            raise UnsupportedError("DHSA variant 'chunk' ranks earlier keys and this attention is bidirectional; use variant='a' or block_topk.")
+            raise UnsupportedError("dhsa with variant 'chunk' ranks earlier keys and this attention is bidirectional; use variant='a' or block_topk.")
         if self.budget.tokens is not None and self.budget.tokens >= filled_keys(base):
             return None, None
         if documents(base):

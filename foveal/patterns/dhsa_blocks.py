@@ -54,7 +54,7 @@ class BlockRule:
         """``(B, H, nqb, nkb)`` bool: the tiles kept."""
         if not base.causal and self.variant in ("vs", "vsb"):
             raise UnsupportedError(
-                f"DHSA variant {self.variant!r} ranks distances to earlier keys and this attention is bidirectional; use variant='a' or block_topk."
+                f"dhsa with variant {self.variant!r} ranks distances to earlier keys and this attention is bidirectional; use variant='a' or block_topk."
             )
         reach = base.block_map(self.q_block, self.kv_block) > EMPTY  # (B or 1, nqb, nkb)
         if self.variant == "topk" and self.literal:

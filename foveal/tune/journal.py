@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class Journal:
     def __len__(self) -> int:
         return len(self._values)
 
-    def keys(self) -> list[str]:
+    def __iter__(self) -> Iterator[str]:
         """Keys in the order in which they were measured."""
-        return list(self._values)
+        return iter(list(self._values))
 
     def put(self, key: str, value: dict[str, Any]) -> None:
         """Record a measurement; raises :class:`DataError` when the disk does not take it (what was there stays)."""

@@ -69,7 +69,7 @@ def render(results: Mapping[str, Any]) -> str:
         search_heats=search_heats(results.get("search")),
         rounds=(results.get("search") or {}).get("rounds") or [],
         profile_heats=profile_heats(results.get("profile")),
-        protocol=protocol(results),
+        samples=[v for v in map(finite, results["baseline"].get("prefill_samples") or []) if v is not None],
         facts=facts(results),
         light=ramp(LIGHT),
         dark=ramp(DARK),
@@ -182,37 +182,6 @@ def _spans(numbers: Sequence[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
-
-
-def protocol(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How it was measured: ``(what, sentences)``, with this run's figures."""
-    baseline, text = results["baseline"], results.get("text") or {}
-    context, decode = results["context"], results.get("decode_tokens")
-    samples = [s for s in (finite(v) for v in baseline.get("prefill_samples") or []) if s is not None]
-    spread = f", {figure(min(samples), '.3g')} to {figure(max(samples), '.3g')} s" if samples else ""
-    depths = ", ".join(figure(depth, ".0f", " %", 100.0) for depth, _ in baseline.get("needle_hits") or [])
-    limit = percent(results.get("max_ppl_increase"))
-    out = [
-        ("Baseline", f"transformers' own {baseline['name']} attention in the same dtype, {results['dtype']}: prefill {figure(baseline.get('prefill_s'), '.3g')} s, decode {figure(baseline.get('decode_tok_s'), '.3g')} tokens/s, peak memory {figure(baseline.get('peak_mb'), ',.0f')} MB, perplexity {figure(baseline.get('ppl'), '.4g')}."),
-        ("Speed", f"Prefill of {context} tokens; runs of the candidates lie between runs of the baseline ({len(samples)} of it{spread}). A speed-up is the median of baseline time over candidate time; brackets give its range. Decode speed is per token at the full context."),
-        ("Loss", f"Teacher-forced perplexity over {_count(results.get('scored_tokens'))} tokens of held-out text that the search did not see ({text.get('name', 'unnamed text')}, {_count(text.get('tokens'))} tokens in all, SHA-256 {str(text.get('sha256', MISSING))[:12]}). Brackets are 95 % intervals of the increase from paired losses per token, taking tokens as independent. KL is the mean divergence of the logits from dense, in nats per token."),
-    ]  # fmt: skip
-    if isinstance(decode, int):
-        out.append(("Decode loss", f"The first {context - decode} tokens are prefilled with the policy, then {decode} tokens are scored one at a time through the cache. A pattern whose selection reads later queries shows a gap to the teacher-forced figure; {GAP} marks intervals that do not touch."))  # fmt: skip
-    if depths:
-        found = (
-            ""
-            if results.get("needle_informative", True)
-            else f" It is uninformative here: the dense model itself finds {needle(baseline)}."
-        )
-        out.append(("Needle", f"Codes hidden at {depths} of the context are asked for; the figure is how many come back right.{found}"))  # fmt: skip
-    out.append(("Density", "Visible pairs over the pairs that causal attention allows; tile density is the share of tiles computed. Memory is the peak during prefill over the baseline's."))  # fmt: skip
-    out.append(("Choice", f"Allowed is what raises neither perplexity by more than {limit} and finds no fewer needles than dense; the fastest prefill among these is chosen if it is faster than dense. Every figure is measured at {context} tokens, none is extrapolated."))  # fmt: skip
-    return out
-
-
-def _count(value: Any) -> str:
-    return figure(value, ",.0f")
 
 
 def facts(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,20 +18,17 @@ from ..hf.load import LoadedModel, load_model
 from ..lens.model import profile_model
 from ..patterns import Pattern
 from ..patterns.dense import Dense
-from ..policies.policy import ModelStamp, Policy
+from ..policies.policy import ModelStamp
 from .candidates import Candidate, patterns, uniform
+from .figures import BASELINE, NEEDLE_DEPTHS, figures, runs
 from .journal import Journal, write_whole
 from .meter import DenseLogits, Meter
 from .options import TuneOptions
 from .search import Found, search
-from .verdict import increase, judge, middle, perplexity, ratios
+from .verdict import judge, middle, ratios
 
-NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
-INFORMATIVE = 0.5
-"""Needle scores say something only when the dense model finds at least this share."""
 FINALISTS = 4
 """Allowed candidates that get further timed prefills."""
-BASELINE = "sdpa"
 
 Report = Callable[[str, int, int], None]
 """``report(what, done, total)``, called whenever a unit of work ends."""
@@ -87,10 +83,10 @@ def run_tune(
         found, policy = search(work.meter, work.search_ids, tried, options.max_ppl_increase, work.journal, _decode_rule(work, proposed), work.tick)  # fmt: skip
         proposed = [*proposed, Candidate(f"per layer, {options.max_ppl_increase:g}", policy, "per-layer")]
         _measure(work, proposed[-1:])
-    rows, baseline, informative = _figures(work, proposed)
+    rows, baseline, informative = figures(work.journal, proposed)
     judge(rows, baseline, options.max_ppl_increase, informative)
     _again(work, proposed, rows)
-    rows, baseline, informative = _figures(work, proposed)
+    rows, baseline, informative = figures(work.journal, proposed)
     chosen, why = judge(rows, baseline, options.max_ppl_increase, informative)
     results = _results(work, rows, baseline, informative, chosen, why, profile, found)
     _write(work, results, next(c for c in proposed if c.name == chosen))
@@ -229,89 +225,13 @@ def _decode_rule(work: _Work, proposed: list[Candidate]) -> Callable[[Pattern], 
     faster: dict[Pattern, bool] = {}
     for candidate in proposed:
         pattern = candidate.policy.default.prefill
-        dense, own = _runs(work, "decoding", BASELINE), [work.journal[f"decoding.{candidate.name}"]]
+        dense, own = runs(work.journal, "decoding", BASELINE), [work.journal[f"decoding.{candidate.name}"]]
         faster[pattern] = middle(ratios(dense, own, "step")) > 1.0
 
     def rule(pattern: Pattern) -> Pattern | None:
         return None if faster.get(pattern, False) else Dense()
 
     return rule
-
-
-def _runs(work: _Work, kind: str, name: str) -> list[dict[str, Any]]:
-    """All journal entries of one kind for a candidate, or for the baseline."""
-    if name == BASELINE:
-        return [work.journal[k] for k in work.journal if k.startswith(f"{kind}.{BASELINE}.")]
-    key = f"{kind}.{name}"
-    return [work.journal[key]] if key in work.journal else []
-
-
-# --- figures -----------------------------------------------------------------------------------------------------------
-
-
-def _figures(work: _Work, candidates: list[Candidate]) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    kinds = ("quality", "decoding", "retrieval", "timing")
-    dense = {kind: _runs(work, kind, BASELINE) for kind in kinds}
-    full = [r["prefill"] for kind in ("quality", "timing") for r in dense[kind]]
-    quality, decoding, retrieval = dense["quality"][0], dense["decoding"][0], dense["retrieval"][0]
-    score = sum(retrieval["hits"]) / len(retrieval["hits"])
-    baseline = {
-        "name": BASELINE,
-        "prefill_s": middle(full),
-        "prefill_samples": full,
-        "decode_tok_s": 1.0 / middle([r["step"] for r in dense["decoding"]]),
-        "peak_mb": middle([r["peak_mb"] for r in dense["decoding"]]),
-        "ppl": perplexity(quality["nll"]),
-        "decode_ppl": perplexity(decoding["nll"]),
-        "needle": score,
-        "needle_hits": _hits(retrieval["hits"]),
-    }
-    informative = score >= INFORMATIVE
-    rows = [_row(work, c, dense, kinds, baseline, informative) for c in candidates]
-    return rows, baseline, informative
-
-
-def _row(work: _Work, candidate: Candidate, dense: dict[str, list[dict[str, Any]]], kinds: tuple[str, ...], baseline: dict[str, Any], informative: bool) -> dict[str, Any]:  # fmt: skip
-    own = {kind: _runs(work, kind, candidate.name) for kind in kinds}
-    speed = [r for kind in kinds for r in ratios(dense[kind], own[kind], "prefill")]
-    quality, decoding, retrieval = own["quality"][0], own["decoding"][0], own["retrieval"][0]
-    rise, rise_span = increase(quality["nll"], dense["quality"][0]["nll"])
-    late, late_span = increase(decoding["nll"], dense["decoding"][0]["nll"])
-    tail = len(decoding["nll"])
-    return {
-        "name": candidate.name,
-        "kind": candidate.kind,
-        "policy": candidate.policy.to_json(),
-        "look_ahead": _look_ahead(candidate.policy),
-        "density": quality["density"],
-        "tile_density": quality["tile_density"],
-        "decode_density": decoding["density"],
-        "prefill_speedup": middle(speed),
-        "prefill_speedup_range": [min(speed, default=1.0), max(speed, default=1.0)],
-        "decode_speedup": middle(ratios(dense["decoding"], own["decoding"], "step")),
-        "peak_ratio": decoding["peak_mb"] / baseline["peak_mb"] if baseline["peak_mb"] else math.nan,
-        "ppl": perplexity(quality["nll"]),
-        "ppl_increase": rise,
-        "ppl_increase_interval": rise_span,
-        "tail_ppl": perplexity(quality["nll"][-tail:]),
-        "tail_ppl_increase": increase(quality["nll"][-tail:], dense["quality"][0]["nll"][-tail:])[0],
-        "decode_ppl": perplexity(decoding["nll"]),
-        "decode_ppl_increase": late,
-        "decode_ppl_increase_interval": late_span,
-        "kl": quality["kl"],
-        "needle": sum(retrieval["hits"]) / len(retrieval["hits"]) if informative else "uninformative",
-        "needle_hits": _hits(retrieval["hits"]),
-    }
-
-
-def _hits(hits: list[bool]) -> list[list[Any]]:
-    return [[depth, hit] for depth, hit in zip(NEEDLE_DEPTHS, hits, strict=True)]
-
-
-def _look_ahead(policy: Policy) -> str:
-    order = ("none", "block", "prefill")
-    rules = [policy.default, *(rule for _, rule in policy.layers)]
-    return max((rule.prefill.look_ahead for rule in rules), key=order.index)
 
 
 # --- results -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""The figures of a run, computed from its journal: nothing here measures, nothing is kept but what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..policies.policy import Policy
+from .candidates import Candidate
+from .journal import Journal
+from .verdict import increase, middle, perplexity, ratios
+
+NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
+INFORMATIVE = 0.5
+"""Needle scores say something only when the dense model finds at least this share."""
+BASELINE = "sdpa"
+KINDS = ("quality", "decoding", "retrieval", "timing")
+
+
+def runs(journal: Journal, kind: str, name: str) -> list[dict[str, Any]]:
+    """All journal entries of one kind for a candidate, or for the baseline."""
+    if name == BASELINE:
+        return [journal[k] for k in journal if k.startswith(f"{kind}.{BASELINE}.")]
+    key = f"{kind}.{name}"
+    return [journal[key]] if key in journal else []
+
+
+def figures(journal: Journal, candidates: Sequence[Candidate]) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
+    """Candidate rows, baseline, and whether needle scores are informative."""
+    dense = {kind: runs(journal, kind, BASELINE) for kind in KINDS}
+    full = [r["prefill"] for kind in ("quality", "timing") for r in dense[kind]]
+    quality, decoding, retrieval = dense["quality"][0], dense["decoding"][0], dense["retrieval"][0]
+    score = sum(retrieval["hits"]) / len(retrieval["hits"])
+    baseline = {
+        "name": BASELINE,
+        "prefill_s": middle(full),
+        "prefill_samples": full,
+        "decode_tok_s": 1.0 / middle([r["step"] for r in dense["decoding"]]),
+        "peak_mb": middle([r["peak_mb"] for r in dense["decoding"]]),
+        "ppl": perplexity(quality["nll"]),
+        "decode_ppl": perplexity(decoding["nll"]),
+        "needle": score,
+        "needle_hits": _hits(retrieval["hits"]),
+    }
+    informative = score >= INFORMATIVE
+    rows = [_row(journal, c, dense, baseline, informative) for c in candidates]
+    return rows, baseline, informative
+
+
+def _row(
+    journal: Journal,
+    candidate: Candidate,
+    dense: dict[str, list[dict[str, Any]]],
+    baseline: dict[str, Any],
+    informative: bool,
+) -> dict[str, Any]:
+    own = {kind: runs(journal, kind, candidate.name) for kind in KINDS}
+    speed = [r for kind in KINDS for r in ratios(dense[kind], own[kind], "prefill")]
+    quality, decoding, retrieval = own["quality"][0], own["decoding"][0], own["retrieval"][0]
+    rise, rise_span = increase(quality["nll"], dense["quality"][0]["nll"])
+    late, late_span = increase(decoding["nll"], dense["decoding"][0]["nll"])
+    tail = len(decoding["nll"])
+    return {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "policy": candidate.policy.to_json(),
+        "look_ahead": _look_ahead(candidate.policy),
+        "density": quality["density"],
+        "tile_density": quality["tile_density"],
+        "decode_density": decoding["density"],
+        "prefill_speedup": middle(speed),
+        "prefill_speedup_range": [min(speed, default=1.0), max(speed, default=1.0)],
+        "decode_speedup": middle(ratios(dense["decoding"], own["decoding"], "step")),
+        "peak_ratio": decoding["peak_mb"] / baseline["peak_mb"] if baseline["peak_mb"] else math.nan,
+        "ppl": perplexity(quality["nll"]),
+        "ppl_increase": rise,
+        "ppl_increase_interval": rise_span,
+        "tail_ppl": perplexity(quality["nll"][-tail:]),
+        "tail_ppl_increase": increase(quality["nll"][-tail:], dense["quality"][0]["nll"][-tail:])[0],
+        "decode_ppl": perplexity(decoding["nll"]),
+        "decode_ppl_increase": late,
+        "decode_ppl_increase_interval": late_span,
+        "kl": quality["kl"],
+        "needle": sum(retrieval["hits"]) / len(retrieval["hits"]) if informative else "uninformative",
+        "needle_hits": _hits(retrieval["hits"]),
+    }
+
+
+def _hits(hits: list[bool]) -> list[list[Any]]:
+    return [[depth, hit] for depth, hit in zip(NEEDLE_DEPTHS, hits, strict=True)]
+
+
+def _look_ahead(policy: Policy) -> str:
+    order = ("none", "block", "prefill")
+    rules = [policy.default, *(rule for _, rule in policy.layers)]
+    return max((rule.prefill.look_ahead for rule in rules), key=order.index)

@@ -1,0 +1,147 @@
+"""``reference`` and ``gather`` on random calls: against a loop over tokens, and against each other with all gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import foveal
+from foveal.core.layouts import Groups
+
+from ..support import assert_close, loop
+from .strategies import Call, calls, finite, random_blocks, random_groups, random_lists
+
+pytestmark = pytest.mark.usefixtures("poison")
+KINDS = pytest.mark.parametrize("kind", ["dense", "blocks", "lists", "groups"])
+
+
+def attend(call: Call, impl: str, **changes: Any) -> tuple[Tensor, Tensor]:
+    return foveal.attention(call.q, call.k, call.v, call.layout, causal=call.causal, impl=impl, return_lse=True, **{**call.options, **changes})
+
+
+def solve(call: Call, impl: str) -> dict[str, Tensor]:
+    """Out, lse, and gradients of a loss that reads both."""
+    leaves = {name: t.clone().requires_grad_() for name, t in call.leaves().items()}
+    options = {**call.options, **{n: leaves[n] for n in ("bias", "sink_logits") if n in leaves}}
+    out, lse = attend(Call(leaves["q"], leaves["k"], leaves["v"], call.layout, call.causal, options), impl)
+    make = torch.Generator().manual_seed(9)
+    weights = [torch.randn(t.shape, generator=make, dtype=t.dtype) for t in (out, lse)]
+    loss = (out * weights[0]).sum() + (finite(lse) * weights[1]).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    zero = {name: torch.zeros_like(t) for name, t in leaves.items()}
+    found = {f"gradient of {n}": zero[n] if g is None else g for n, g in zip(leaves, grads, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **found}
+
+
+@KINDS
+@settings(max_examples=25)
+@given(data=st.data())
+def test_reference_equals_the_loop(kind: str, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, longest=20))
+    out, lse, _ = loop(call.q, call.k, call.v, call.layout, call.host, **call.options)
+    got_out, got_lse = attend(call, "reference")
+    assert_close(got_out, out, what="out")
+    assert_close(got_lse, lse, what="lse")
+
+
+@KINDS
+@settings(max_examples=40)
+@given(data=st.data())
+def test_gather_equals_the_reference(kind: str, data: st.DataObject) -> None:
+    call = data.draw(calls(kind))
+    expected, got = solve(call, "reference"), solve(call, "gather")
+    for name, value in expected.items():
+        assert_close(got[name], value, 1e-9, name)
+
+
+@settings(max_examples=40)
+@given(calls())
+def test_blind_rows_are_zero_everywhere(call: Call) -> None:
+    call.options["sink_logits"] = None
+    *_, seen = loop(call.q, call.k, call.v, call.layout, call.host)
+    blind = ~(seen > 0).any(-1)
+    got = solve(call, "gather")
+    assert (got["out"][blind] == 0).all()
+    assert (got["lse"][blind] == -torch.inf).all()
+    assert torch.isfinite(got["lse"][~blind]).all()
+    assert (got["gradient of q"][blind] == 0).all()
+    assert all(torch.isfinite(t).all() for name, t in got.items() if name != "lse")
+
+
+@settings(max_examples=30)
+@given(calls())
+def test_sinks_are_a_key_without_a_value(call: Call) -> None:
+    sinks = call.options["sink_logits"] = torch.linspace(-2, 2, call.q.shape[1], dtype=torch.float64)
+    out, lse = attend(call, "gather")
+    plain, plain_lse = attend(call, "gather", sink_logits=None)
+    share = torch.sigmoid(plain_lse - sinks[:, None])  # of the softmax's mass that real keys keep
+    assert_close(out, plain * share[..., None])
+    assert_close(lse, torch.logaddexp(plain_lse, sinks[:, None].expand_as(plain_lse)))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "lists", "groups"])
+def test_two_runs_are_bitwise_equal_on_two_threads(kind: str) -> None:
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 300, 16, generator=make) for heads in (4, 2, 2))
+    layout = {
+        "blocks": lambda: random_blocks(make, 2, 4, 300, 300, (32, 32), True),
+        "lists": lambda: random_lists(make, 2, 4, 300, 300, 16, 100, True),
+        "groups": lambda: random_groups(make, (2, 4, 2, 300, 300), 12, True, "softmax"),
+    }[kind]()
+    call = Call(q, k, v, layout, True, {"bias": None, "sink_logits": None})
+    torch.set_num_threads(2)
+    first, second = solve(call, "gather"), solve(call, "gather")
+    torch.set_num_threads(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@settings(max_examples=20)
+@given(calls())
+def test_a_causal_call_is_the_mask_and_causality(call: Call) -> None:
+    call.options["sink_logits"], call.options["bias"] = None, None
+    call.causal = True
+    out = attend(call, "gather")[0]
+    t, ahead = call.q.shape[2] // 2, max(0, call.k.shape[2] - call.q.shape[2] + call.q.shape[2] // 2)
+    call.k[:, :, ahead + 1 :] += 10
+    call.v[:, :, ahead + 1 :] -= 10
+    assert_close(attend(call, "gather")[0][:, :, : t + 1], out[:, :, : t + 1], 1e-12, "rows whose keys did not change")
+
+
+@pytest.mark.parametrize("combine", ["softmax", "mean"])
+def test_a_key_in_two_groups_counts_once_per_group(combine: Any) -> None:
+    q, k, v = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 2, 1), torch.tensor([[[[1.0], [4.0]]]])
+    groups = Groups(torch.tensor([0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), False, combine)
+    for impl in ("reference", "gather"):
+        out, lse = foveal.attention(q, k, v, groups, impl=impl, return_lse=True)
+        assert out.item() == pytest.approx({"softmax": 2.0, "mean": (1 + 2.5) / 2}[combine])
+        assert lse.item() == pytest.approx(torch.tensor(3.0).log().item())
+
+
+@pytest.mark.parametrize("impl", ["reference", "gather", "auto"])
+@pytest.mark.parametrize("size", [(0, 5, 5), (1, 0, 5), (1, 5, 0), (1, 1, 0), (1, 0, 0)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_empty_tensors(impl: str, size: tuple[int, int, int], causal: bool) -> None:
+    batch, q_len, kv_len = size
+    q, k, v = (torch.randn(batch, 2, n, 4, requires_grad=True) for n in (q_len, kv_len, kv_len))
+    out = foveal.attention(q, k, v, causal=causal, impl=impl)
+    assert out.shape == q.shape
+    assert (out == 0).all()
+    out.sum().backward()
+    assert all(t.grad is not None and (t.grad == 0).all() for t in (q, k, v))
+    out, lse = foveal.attention(q, k, v, causal=causal, impl=impl, return_lse=True)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.3])
+def test_an_explicit_scale_is_honoured_by_auto(scale: float) -> None:
+    q, k, v = (torch.randn(1, 2, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for causal in (False, True):
+        expected = foveal.attention(q, k, v, causal=causal, scale=scale, impl="reference")
+        assert_close(foveal.attention(q, k, v, causal=causal, scale=scale), expected)
