@@ -6,13 +6,13 @@ To test a new pattern, add a row to ``PATTERNS``; every promise in ``tests/patte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from foveal.core.budget import Budget
-from foveal.patterns import BlockTopK, Dense, Pattern, SlidingWindow, Triangle
+from foveal.patterns import DHSA, BlockTopK, Dense, Pattern, SlidingWindow, Triangle
 
 from .support import Host
 
@@ -55,6 +55,15 @@ def triangle(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sink
     return (i >= host.q_len - rows) | near(host, b, i, j, window, sinks)
 
 
+def dhsa(variant: Any, budget: Budget = Budget(tokens=60), refuses: frozenset[str] = frozenset(), **fields: Any) -> Row:
+    """A row of the DHSA family in small blocks."""
+    few = DHSA(budget=budget, variant=variant, q_block=16, kv_block=8, **fields)
+    return Row(few, replace(few, budget=Budget(tokens=1 << 20)), block=16, refuses=refuses, wrong=DHSA_WRONG)
+
+
+DHSA_WRONG = (("q_block", 0), ("kv_block", 0), ("local", -1), ("sinks", -1), ("instruction", -1), ("chunk", 0), ("gap", -1))
+NOT_CAUSAL = frozenset({"bidirectional", "encoder, padding", "cross"})
+
 PATTERNS: dict[str, Row] = {
     "dense": Row(Dense(), Dense(), lambda host, b, i, j: i + j >= 0),
     "sliding_window": Row(
@@ -96,6 +105,15 @@ PATTERNS: dict[str, Row] = {
     "block_topk-rows": Row(  # every row chooses for itself, so decoding must choose the same (sinks are blocks only in prefill)
         BlockTopK(Budget(tokens=40), q_block=1, kv_block=8, sinks=0, local=4),
         BlockTopK(Budget(tokens=1 << 20), q_block=1, kv_block=8),
+    ),
+    "dhsa-a": dhsa("a"),
+    "dhsa-topk": dhsa("topk"),
+    "dhsa-vs": dhsa("vs", refuses=NOT_CAUSAL),
+    "dhsa-vsb": dhsa("vsb", refuses=NOT_CAUSAL),
+    "dhsa-vsb-density": dhsa("vsb", Budget(density=0.4), refuses=NOT_CAUSAL),
+    "dhsa-chunk": dhsa("chunk", refuses=NOT_CAUSAL, local=10, sinks=4, instruction=6, chunk=7),
+    "dhsa-chunk-reconstructed": dhsa(
+        "chunk", Budget(density=0.4), NOT_CAUSAL, local=10, sinks=4, instruction=0, chunk=7, per_head=True, decode="reconstructed"
     ),
 }
 

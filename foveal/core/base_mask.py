@@ -122,6 +122,7 @@ class BaseMask:
                 valid = None
             elif segments is None:
                 rank = valid.long().cumsum(-1) - 1 + kv_offset
+        lo = lo.clamp(max=kv_len)
         hi = torch.maximum(hi, lo)
         plain = window is None and chunk is None and segments is None and valid is None and predicate is None and kv_offset == 0
         return cls(q_len, kv_len, lo, hi, shift, causal, rank, valid, predicate, plain)

@@ -36,6 +36,10 @@ class KeySelection:
 
     def validate(self, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`ShapeError` unless the lists fit these tensors (called once, at the public door)."""
+        if self.block_size < 1:
+            raise ShapeError(f"KeySelection.block_size is {self.block_size}; expected at least 1 query row per list.")
+        if self.index.dtype != torch.int64:
+            raise ShapeError(f"KeySelection.index has dtype {self.index.dtype}; expected torch.int64. Call index.long().")
         shape = tuple(self.index.shape)
         blocks = -(-q_len // self.block_size)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, num_kv_heads, num_heads) or shape[2] != blocks:
@@ -43,6 +47,8 @@ class KeySelection:
                 f"KeySelection.index has shape {shape}; expected (1 or batch={batch}, 1, {num_kv_heads} or {num_heads} heads, "
                 f"{blocks} blocks, K) because {q_len} queries in blocks of {self.block_size} make {blocks} blocks."
             )
+        if self.limit is not None and tuple(self.limit.shape) not in ((1, q_len), (batch, q_len)):
+            raise ShapeError(f"KeySelection.limit has shape {tuple(self.limit.shape)}; expected (1 or batch={batch}, q_len={q_len}).")
         if self.index.numel() and int(self.index.max()) >= kv_len:
             raise ShapeError(f"KeySelection.index names key {int(self.index.max())}; expected indices below kv_len={kv_len}.")
         ordered = self.index.sort(-1).values
@@ -88,6 +94,24 @@ class Groups:
         for name, index, top in (("q_index", self.q_index, q_top), ("k_index", self.k_index, k_top)):
             if index.numel() and (int(index.max()) >= top or int(index.min()) < 0):
                 raise ShapeError(f"Groups.{name} spans {int(index.min())}…{int(index.max())}; expected 0…{top - 1}.")
+        owners = []
+        for name, cu, index, per_unit in (("q_index", self.cu_q, self.q_index, q_len), ("k_index", self.cu_k, self.k_index, kv_len)):
+            group = torch.repeat_interleave(torch.arange(cu.numel() - 1, device=cu.device), cu.diff())
+            ordered = (group * (q_top + k_top) + index).sort().values
+            if bool((ordered[1:] == ordered[:-1]).any()):
+                raise ShapeError(f"Groups.{name} repeats a row inside one group; list each query and key of a group once.")
+            unit = index // max(per_unit, 1)
+            if self.per_head and name == "q_index":  # query heads that share a key head may share a group
+                unit = unit // num_heads * num_kv_heads + unit % num_heads // (num_heads // num_kv_heads)
+            owners.append((group, unit))
+        group, unit = (torch.cat(both) for both in zip(*owners, strict=True))
+        first = torch.full((self.cu_q.numel() - 1,), batch * num_heads, device=unit.device).scatter_reduce(0, group, unit, "amin")
+        strangers = (unit != first[group]).nonzero()
+        if strangers.numel():
+            raise ShapeError(
+                f"Groups: group {int(group[strangers[0]])} joins queries and keys of different {'key heads' if self.per_head else 'batch rows'}; "
+                "make one group for each."
+            )
 
 
 Layout = BlockMask | KeySelection | Groups

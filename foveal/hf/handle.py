@@ -157,6 +157,7 @@ class Handle:
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._top():
             return
@@ -172,6 +173,7 @@ class Handle:
         if isinstance(kwargs.get("position_ids"), Tensor):
             self.forward.positions = kwargs["position_ids"]
 
+    @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._depth == 0:
             return
@@ -179,6 +181,7 @@ class Handle:
         if self._depth == 0 and getattr(_running, "stack", None) and _running.stack[-1] is self:
             _running.stack.pop()
 
+    @torch.compiler.disable
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._top(module):
             return
@@ -199,6 +202,7 @@ class Handle:
         self.surroundings[module] = Surroundings(None if cross else cache, layer, keys, hidden, positions, cross)
         self.reached.discard(module)
 
+    @torch.compiler.disable
     def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
         self.surroundings.pop(module, None)
         if self._top(module) and module not in self.reached:

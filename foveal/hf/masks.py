@@ -73,7 +73,7 @@ class HostMask(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name in _LOOKS:
+        if name in _LOOKS or torch._guards.TracingContext.try_get() is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise UnsupportedError(
@@ -204,6 +204,7 @@ def _keys(padding: Tensor | None, kv_len: int, kv_offset: int, device: torch.dev
 def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask]:
     """foveal's entry in transformers' mask interface; ``running()`` names the handle whose model is in its forward."""
 
+    @torch.compiler.disable
     def foveal_mask(
         batch_size: int, kv_length: int, mask_function: Callable[..., Tensor], q_length: int | None = None, q_offset: Any = 0,
         kv_offset: int = 0, attention_mask: Tensor | None = None, cache_position: Tensor | None = None,

@@ -307,12 +307,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
-    if mask is None or isinstance(mask, BlockMask):
+    if mask is None:
+        return None
+    if isinstance(mask, BlockMask):
+        batch, heads = mask.kv_num_blocks.shape[:2]
+        if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
+            raise ShapeError(
+                f"the BlockMask has batch {batch} and {heads} heads; expected 1 or {q.shape[0]}, and 1 or {q.shape[1]}, as q has. "
+                "Build it with B=None and H=None to share it."
+            )
         return mask
     if isinstance(mask, (KeySelection, Groups)):
         mask.validate(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         return mask
-    if hasattr(mask, "select"):
+    if hasattr(mask, "select") and not isinstance(mask, Tensor):
         layout, _ = mask.select(q, k, SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0)), None)
         return layout
     raise ShapeError(

@@ -16,6 +16,11 @@ from ..core.base_mask import FULL, PARTIAL, BaseMask
 from .call import compute_dtype
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context in which scores keep float32 (float64) even under autocast, so that a choice does not depend on it."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def filled_keys(base: BaseMask) -> int:
     """Keys that hold something: below ``kv_len`` when a static cache is longer than what was written so far."""
     if not base.causal:

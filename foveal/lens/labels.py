@@ -28,13 +28,13 @@ GLOBAL_SHARE = 0.5
 
 def head_labels(layer: LayerProfile) -> list[str]:
     """One of ``LABELS`` per head."""
-    strongest = None if layer.output_rms is None else float(layer.output_rms.max())
+    output = layer.output_rms
     labels = []
     for head in range(layer.num_heads):
         sink = float(layer.sink_mass[head] + layer.learned_sink_mass[head])
         window, rest = float(layer.window_mass[head]), float(layer.rest_mass[head])
         off_sink = max(window + rest, 1e-12)
-        silent = strongest is not None and float(layer.output_rms[head]) < DEAD_OUTPUT * strongest
+        silent = output is not None and bool(output[head] < DEAD_OUTPUT * output.max())
         if silent or sink >= DEAD_SINK:
             labels.append("dead")
         elif sink >= SINK_MASS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
+from .exact import Role
 from .overlap import chance_overlap, overlap
 from .profile import LayerProfile, numbers, profile_attention
 from .stats import Estimate
@@ -90,7 +91,7 @@ def profile_model(
 
     def measure(event: AttentionEvent) -> None:
         call = event.call
-        role = "cross" if event.role == "cross" else "self"
+        role: Role = "cross" if event.role == "cross" else "self"
         layers.append(
             profile_attention(
                 call.q,
@@ -109,13 +110,13 @@ def profile_model(
                 layer_index=event.layer_index,
                 layer_name=event.layer_name,
                 out=event.out,
-            )  # fmt: skip
+            )
         )
         if progress is not None:
             progress(len(layers), event.ctx.num_layers)
 
     body = getattr(model, "base_model", model)
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    kwargs: dict[str, Any] = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     if "use_cache" not in kwargs and "use_cache" in inspect.signature(body.forward).parameters:
         kwargs["use_cache"] = False
     with torch.no_grad(), attach(model, Dense(), probes=[measure]):

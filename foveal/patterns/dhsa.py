@@ -17,7 +17,7 @@ from ..core.layouts import KeySelection, Layout
 from ..core.registry import register
 from ..core.serial import check_range, check_types
 from ..kernels.call import compute_dtype
-from ..kernels.pooling import filled_keys
+from ..kernels.pooling import filled_keys, full_precision
 from .base import LookAhead, Pattern
 from .boundaries import file_sha256, find_file, load_predictor
 from .dhsa_blocks import BlockRule
@@ -59,8 +59,9 @@ class DHSA(Pattern):
             themselves, ``topk`` reads the future and may leave rows with no key, which give zeros.
 
     The literal chunk form is refused: its lists hold early keys twice, and a layout has unique positions.
-    Which rows are last, K under a density, the vertical and slash scores and the choice among predicted boundaries are known
-    only at the end of a prompt, so a prompt fed in chunks gives other, equally valid choices. State: ``Chunks`` for the chunk form.
+    Which rows are last, K under a density, the vertical and slash scores, whole chunks and the choice among predicted
+    boundaries are known only at the end of a prompt: ``look_ahead`` is ``"prefill"``, and a prompt fed in pieces gives other,
+    equally valid choices. Only ``a`` and ``topk`` under a token budget read no further than their query block. State: ``Chunks`` for the chunk form.
     """
 
     budget: Budget = Budget(density=0.125)
@@ -111,12 +112,17 @@ class DHSA(Pattern):
     @property
     def look_ahead(self) -> LookAhead:
         if self.variant == "chunk":
-            return "prefill" if self.predictor or self.instruction else "block"
+            return "prefill"  # a chunk's vector covers the whole chunk, also its keys after the query block
+        near: LookAhead = "block" if self.q_block > 1 else "none"
         by_length = self.budget.tokens is None  # K then follows from the prompt's length
-        return "prefill" if by_length or self.variant in ("vs", "vsb") or (self.variant == "topk" and self.literal) else "block"
+        return "prefill" if by_length or self.variant in ("vs", "vsb") or (self.variant == "topk" and self.literal) else near
 
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
         """A ``BlockMask`` (block variants) or ``KeySelection`` (chunk form); dense for one new token unless reconstructed."""
+        with full_precision(q):
+            return self._select(q, k, ctx, state)
+
+    def _select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State) -> tuple[Layout | None, State]:
         base = ctx.base
         if self.budget.density == 1.0 and not self.literal:
             return None, state

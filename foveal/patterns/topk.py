@@ -20,6 +20,7 @@ from ..kernels.pooling import (
     diagonal_tiles,
     fill,
     filled_keys,
+    full_precision,
     keys_before,
     mean_rows,
     pooled_scores,
@@ -77,6 +78,10 @@ class BlockTopK(Pattern):
 
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
         """A ``BlockMask`` for prefill, a ``KeySelection`` for one new token; None when the budget holds everything."""
+        with full_precision(q):
+            return self._select(q, k, ctx, state)
+
+    def _select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State) -> tuple[Layout | None, State]:
         base = ctx.base
         if self._everything or base.q_len == 0 or base.kv_len == 0:
             return None, state
@@ -145,17 +150,19 @@ class BlockTopK(Pattern):
         lo, hi = base.lo[:, 0], base.hi[:, 0]
         tail = max(0, min(own // size * size, own - self.local + 1)) // size * size  # blocks from here on are kept whole
         start = torch.arange(tail // size, device=k.device) * size
-        real = before[:, start + size] - before[:, start]
-        candidate = (real > 0) & (start + size > lo[:, None]) & (start < hi[:, None])
+        rows = torch.arange(max(before.shape[0], lo.shape[0]), device=k.device)
+        before, lo, hi = before.expand(len(rows), -1), lo.expand(len(rows)), hi.expand(len(rows))
+        edge = (start[:, None] + torch.tensor([0, size], device=k.device))[None].clamp(lo[:, None, None], hi[:, None, None])
+        real = before.gather(1, edge[..., 1]) - before.gather(1, edge[..., 0])  # keys of the block that the row may see
+        candidate = real > 0
         scores = pooled_scores(q.to(sums.sums.dtype), sums.means[:, :, : len(start)], self.per_head)[:, :, 0] * scale
         sink = self._sinks(base, tail)
-        rows = torch.arange(before.shape[0], device=k.device)
-        allowed = before[rows, hi.expand(len(rows))] - before[rows, lo.expand(len(rows))]
+        allowed = before[rows, hi] - before[rows, lo]
         if self.budget.mass is None:
             target = self.budget.density * allowed if self.budget.density else allowed.clamp(max=self.budget.tokens or 0)
-            near = before[:, own + 1] - torch.maximum(before[:, tail], before[rows, lo.expand(len(rows))])
+            near = before[:, own + 1] - torch.maximum(before[:, tail], before[rows, lo])
             room = (target - near - (sink >= 0).sum(-1))[:, None]
-            cost = torch.full((1,), size, device=k.device)
+            cost = real[:, None]
         else:
             room, cost = self._decode_mass(q, k, scores, candidate, real, sink, tail, sums, scale)
         chosen = fill(scores, candidate[:, None], cost, room, _OVERSHOOT[_kind(self.budget)])  # (B, heads, blocks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +71,7 @@ def _row(
         "prefill_speedup": middle(speed),
         "prefill_speedup_range": [min(speed, default=1.0), max(speed, default=1.0)],
         "decode_speedup": middle(ratios(dense["decoding"], own["decoding"], "step")),
-        "peak_ratio": decoding["peak_mb"] / baseline["peak_mb"] if baseline["peak_mb"] else math.nan,
+        "peak_ratio": decoding["peak_mb"] / baseline["peak_mb"] if baseline["peak_mb"] else None,
         "ppl": perplexity(quality["nll"]),
         "ppl_increase": rise,
         "ppl_increase_interval": rise_span,

@@ -134,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         lambda: (
             hf.GptOssForCausalLM,
             hf.GptOssConfig(
-                **_DECODER, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, num_local_experts=2, num_experts_per_tok=1
+                **_DECODER, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, num_local_experts=2, num_experts_per_tok=1
             ),
         ),
         rolls=True,
@@ -160,7 +160,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         lambda: (
             hf.ModernBertForMaskedLM,
-            hf.ModernBertConfig(**_ENCODER, local_attention=WINDOW - 1, layer_types=_HYBRID, cls_token_id=1, sep_token_id=2),
+            hf.ModernBertConfig(**_ENCODER, local_attention=WINDOW - 1, layer_types=_HYBRID, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2),
         ),
         "encoder",
         cache=False,
@@ -243,6 +243,11 @@ def inputs(name: str, batch: int = 2, length: int = 24, seed: int = 0) -> dict[s
         kinds = (ids == 5).long()
         return {"input_ids": ids, "pixel_values": images(batch, seed), "token_type_ids": kinds}
     return {"input_ids": tokens(batch, length, seed)}
+
+
+def eager_only(name: str) -> bool:
+    """Whether transformers has no ``sdpa`` for the family (softcap, learned sinks)."""
+    return name in ("gemma2", "gpt_oss")
 
 
 def output(model: Any, **arguments: Any) -> Tensor:

@@ -68,7 +68,11 @@ def brute_force(
     seen = base.dense(batch)
     weights = torch.where(seen[:, None], logits.exp(), 0.0)
     on_keys = weights.sum(-1)
-    learned = torch.zeros_like(on_keys) if sink_logits is None else sink_logits.double().exp()[None, :, None].expand_as(on_keys)
+    learned = (
+        torch.zeros_like(on_keys)
+        if sink_logits is None
+        else sink_logits.double().exp()[None, :, None].expand_as(on_keys)
+    )
     real = seen.any(-1)
     if role == "self" and base.valid is not None:
         own = torch.arange(base.q_len) + base.shift

@@ -83,7 +83,15 @@ def test_left_padding_does_not_count() -> None:
 
 
 def test_learned_sink_logits() -> None:
-    model = tiny("GptOss", head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=20, rope_scaling=None, rope_parameters=None)
+    model = tiny(
+        "GptOss",
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=20,
+        rope_scaling=None,
+        rope_parameters=None,
+    )
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.sinks.copy_(torch.tensor([-20.0, 0.0, 3.0, 40.0]))
@@ -119,14 +127,18 @@ def test_a_planted_sink_head_is_found() -> None:
 
 def test_bidirectional_encoder() -> None:
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
     model = transformers.BertModel(config).eval()
     profile = profile_model(model, tokens(), rows=N, window=12, sinks=2, top=8)
     key = torch.arange(N)
     near, sink = (key[:, None] - key).abs() < 12, key < 2
     for layer, w in zip(profile.layers, eager_weights(model, input_ids=tokens()), strict=True):
         torch.testing.assert_close(layer.window_mass, (w * (near & ~sink)).sum(-1).mean((0, 2)), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(layer.distance.mean, (w * (key[:, None] - key).abs()).sum(-1).mean((0, 2)), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            layer.distance.mean, (w * (key[:, None] - key).abs()).sum(-1).mean((0, 2)), rtol=1e-4, atol=1e-3
+        )
 
 
 def test_encoder_decoder_has_both_roles() -> None:

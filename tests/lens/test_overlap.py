@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from foveal.core.base_mask import BaseMask
-from foveal.lens import LABELS, LayerProfile, ModelProfile, chance_overlap, overlap, plot, profile_attention, render_profile
+from foveal.lens import (
+    LABELS,
+    LayerProfile,
+    ModelProfile,
+    chance_overlap,
+    overlap,
+    plot,
+    profile_attention,
+    render_profile,
+)
 
 from .brute import brute_force
 
@@ -22,7 +31,9 @@ def tensors(seed: int, kv_heads: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def layer(seed: int, rows: int = 2 * N, kv_heads: int = 2, index: int = 0) -> LayerProfile:
-    return profile_attention(*tensors(seed, kv_heads), rows=rows, top=TOP, window=16, layer_index=index, layer_name=f"layer.{index}")
+    return profile_attention(
+        *tensors(seed, kv_heads), rows=rows, top=TOP, window=16, layer_index=index, layer_name=f"layer.{index}"
+    )
 
 
 def sets(seed: int) -> Tensor:
@@ -58,7 +69,10 @@ def test_intervals_and_chance() -> None:
 
 
 def test_layers_that_cannot_be_compared_are_nan() -> None:
-    other_heads, shorter = layer(3, kv_heads=4), profile_attention(*(t[:, :, :50] for t in tensors(4)), rows=40, top=TOP)
+    other_heads, shorter = (
+        layer(3, kv_heads=4),
+        profile_attention(*(t[:, :, :50] for t in tensors(4)), rows=40, top=TOP),
+    )
     found = overlap([layer(1), other_heads, shorter])
     assert bool(found.mean[0, 1:].isnan().all()) and bool(found.mean[1, 2].isnan().all())
     assert not bool(found.mean[0, 0, :3].isnan().any())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveal.core.base_mask import BaseMask
 from foveal.core.errors import ConfigError
 from foveal.lens import Estimate, profile_attention, stratified_mean, stratified_rows, weighted_quantile
 
@@ -108,7 +109,5 @@ def test_intervals_cover_the_truth() -> None:
     assert receivers / (4 * seeds) >= 0.8  # chosen by the rows that measure them
 
 
-def _causal(n: int):  # noqa: ANN202
-    from foveal.core.base_mask import BaseMask
-
+def _causal(n: int) -> BaseMask:
     return BaseMask.build(n, n, causal=True)

@@ -1,0 +1,1 @@
+"""Workloads, timing, memory and result files of benchmarks."""

@@ -1,0 +1,75 @@
+"""``foveal tune``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def fraction(text: str) -> float:
+    """``"1%"`` or ``"0.01"`` as 0.01."""
+    number = text.strip()
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a share; write 1% or 0.01") from None
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="smollm2, a folder, a .gguf file, or a Hugging Face id.")],
+    context: Annotated[int, typer.Option(help="Tokens at which everything is measured.")] = 4096,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on; default: prose that Python carries.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, results.json and policy.json.")] = Path(
+        "foveal-out"
+    ),
+    max_ppl_increase: Annotated[
+        str, typer.Option(metavar="SHARE", help="Largest increase of perplexity that a policy may cost: 1% or 0.01.")
+    ] = "1%",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    impl: Annotated[str, typer.Option(help="Attention implementation (see foveal info), or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Chooses text spans, needles and sampled rows.")] = 0,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens scored one by one through the cache.")] = 256,
+    search: Annotated[bool, typer.Option(help="Also search a policy layer by layer.")] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code of its own.")
+    ] = False,
+) -> None:
+    """Find the attention that MODEL should use at this context length on this machine, and what it costs.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    share = fraction(max_ppl_increase)
+    from ..tune import TuneOptions, run_tune
+    from ..tune.table import table
+    from .guard import note, output
+    from .progress import bar
+
+    options = TuneOptions(
+        model=model,
+        context=context,
+        text=str(text) if text else None,
+        out=str(out),
+        max_ppl_increase=share,
+        dtype=dtype,
+        device=device,
+        impl=impl,
+        seed=seed,
+        decode_tokens=decode_tokens,
+        search=search,
+        trust_remote_code=trust_remote_code,
+    )
+    with bar() as report:
+        results = run_tune(options, report, note)
+    output().print(table(results))
+    for name in ("report.html", "results.json", "policy.json"):
+        if (out / name).is_file():
+            typer.echo(out / name)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("tune")(tune)

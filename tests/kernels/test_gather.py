@@ -1,0 +1,106 @@
+"""What is peculiar to ``gather``: torch's own block masks, checkpointing, a single backward, and memory that stays O(N)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import foveal
+from foveal.core.layouts import block_mask_kinds
+from foveal.patterns import SlidingWindow
+
+from ..support import assert_close, loop
+from .strategies import Call
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def random(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 32), (128, 128)], ids=str)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_torch_block_masks_run_unchanged(size: tuple[int, int], per_head: bool) -> None:
+    slope = torch.tensor([2, 3, 5, 7])
+
+    def mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (q >= k) & ((q - k < 20) | (k % slope[h * int(per_head)] == b))
+
+    mask = create_block_mask(mod, 2, 4 if per_head else None, 150, 170, device="cpu", BLOCK_SIZE=size)
+    q, k, v = random(2, 4, 150, 8), random(2, 2, 170, 8, seed=1), random(2, 2, 170, 8, seed=2)
+    expected = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    assert_close(foveal.attention(q, k, v, mask, impl="gather"), expected, 1e-9, "gather against flex_attention")
+    assert_close(foveal.attention(q, k, v, mask, impl="reference"), expected, 1e-9, "reference against flex_attention")
+    causal = foveal.attention(q, k, v, mask, causal=True, impl="gather")
+    assert_close(causal, loop(q, k, v, mask, Call(q, k, v, mask, True, {}).host)[0])
+
+
+def test_whole_tiles_never_ask_the_mask_mod() -> None:
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 256, 256, device="cpu")
+    mask.mask_mod = lambda b, h, q, k: (q >= k) & (k // 128 == q // 128)  # wrong for the whole tile below the diagonal
+    assert (block_mask_kinds(mask) == 2).sum() == 1
+    q, k, v = (random(1, 1, 256, 4, seed=i) for i in range(3))
+    whole = foveal.attention(q, k, v, causal=True, impl="reference")
+    for impl in ("gather", "reference"):
+        assert_close(foveal.attention(q, k, v, mask, impl=impl), whole)
+        assert_close(foveal.attention(q, k, v, mask, causal=True, impl=impl), whole)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_gives_the_same_gradients(reentrant: bool) -> None:
+    q, k, v = (random(1, 2, 200, 8, seed=i).requires_grad_() for i in range(3))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return foveal.attention(q, k, v, SlidingWindow(30, sinks=2), causal=True, softcap=5.0, impl="gather")
+
+    plain = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    checkpoint(attend, q, k, v, use_reentrant=reentrant).square().sum().backward()
+    for leaf, expected in zip((q, k, v), plain, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, expected)
+
+
+def test_backward_twice_and_second_derivatives_raise() -> None:
+    q, k, v = (random(1, 2, 20, 4, seed=i).requires_grad_() for i in range(3))
+    loss = foveal.attention(q, k, v, causal=True, impl="gather").square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    loss = foveal.attention(q, k, v, causal=True, impl="gather").square().sum()
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_only_the_gradients_that_are_asked_for() -> None:
+    q, k, v = (random(1, 2, 40, 4, seed=i) for i in range(3))
+    whole = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = torch.autograd.grad(foveal.attention(*whole, causal=True, impl="gather").sum(), whole)
+    for n in range(3):
+        some = [t.clone().requires_grad_(i == n) for i, t in enumerate((q, k, v))]
+        foveal.attention(*some, causal=True, impl="gather").sum().backward()
+        assert torch.equal(some[n].grad, expected[n])
+
+
+@pytest.mark.parametrize("mask", [None, SlidingWindow(256, sinks=4)], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+def test_peak_memory_is_below_ten_times_the_inputs(mask: SlidingWindow | None, backward: bool) -> None:
+    length, heads = 4096, 2
+    q, k, v = (torch.randn(1, heads, length, 64, requires_grad=backward) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        out = foveal.attention(q, k, v, mask, causal=True, impl="gather")
+        if backward:
+            out.sum().backward()
+    now = peak = 0
+    changes = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    inputs, scores = 3 * q.numel() * 4, heads * length**2 * 4
+    assert peak >= out.numel() * 4, "the profiler saw no allocation"
+    assert peak <= 10 * inputs, f"peak {peak / 1e6:.0f} MB for {inputs / 1e6:.0f} MB of q, k and v"
+    assert peak < scores / 2

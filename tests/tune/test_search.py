@@ -1,0 +1,155 @@
+"""The search: shortlist and knapsack against brute force; confirmation and scores on a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from foveal.patterns import Dense, SlidingWindow
+from foveal.policies import Policy, Rule
+from foveal.tune.journal import Journal
+from foveal.tune.meter import DenseLogits, Meter
+from foveal.tune.search import Confirmer, Trial, choose, score_layers, search, shortlist
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 64, (1, 160), generator=torch.Generator().manual_seed(0))
+
+
+def random_trials(seed: int, layers: int = 4, options: int = 4) -> list[list[Trial]]:
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(layers):
+        row = [Trial(0, 0.0, 1.0)]
+        for option in range(1, options):
+            cost, kl = torch.rand(2, generator=g).tolist()
+            row.append(Trial(option, kl, cost, kl * 0.01 if option != 3 else None))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_choose_equals_brute_force_within_its_resolution(seed):
+    trials, limit = random_trials(seed), 0.012
+    picked = choose(trials, limit)
+    spent = sum(trials[i][o].kl or 0.0 for i, o in enumerate(picked))
+    assert spent <= limit
+    assert all(trials[i][o].kl is not None or o == 0 for i, o in enumerate(picked)), "an unconfirmed option was chosen"
+    seconds = sum(trials[i][o].seconds for i, o in enumerate(picked))
+    tighter = limit * (1 - len(trials) / 2000)  # every layer's KL is rounded up to one of 2000 bins
+    best = math.inf
+    for combination in itertools.product(range(4), repeat=len(trials)):
+        parts = [trials[i][o] for i, o in enumerate(combination)]
+        if all(t.option == 0 or t.kl is not None for t in parts) and sum(t.kl or 0.0 for t in parts) <= tighter:
+            best = min(best, sum(t.seconds for t in parts))
+    assert seconds <= best + 1e-12
+
+
+def test_choose_keeps_everything_dense_when_nothing_fits():
+    assert choose(random_trials(0), 1e-9) == [0, 0, 0, 0]
+
+
+def test_shortlist_drops_slower_and_dominated_options():
+    trials = [Trial(0, 0.0, 1.0), Trial(1, 0.1, 2.0), Trial(2, 0.1, 0.5), Trial(3, 0.2, 0.6), Trial(4, 0.5, 0.1)]
+    assert set(shortlist(trials)) == {2, 4}
+    assert shortlist([Trial(0, 0.0, 1.0), Trial(1, 0.0, 1.5)]) == []
+
+
+def test_scores_are_the_output_errors_of_every_layer(model, ids):
+    options = [Dense(), SlidingWindow(8), SlidingWindow(32), SlidingWindow(200)]
+    trials = score_layers(Meter(model), ids, options, lambda: None)
+    assert len(trials) == 3
+    for row in trials:
+        assert row[0].error == 0.0
+        assert row[1].error > row[2].error > 0
+        assert row[3].error == 0.0
+
+
+def test_confirmed_kl_is_that_of_the_whole_prompt_where_the_prefix_is_dense(model, ids):
+    """With a dense prefix in the cache, changing a layer for the last rows gives exactly the KL of those rows."""
+    tail = 20
+    confirmer = Confirmer(Meter(model), ids, tail)
+    assert confirmer.kl(1, Dense()) == pytest.approx(0.0, abs=1e-9)
+    pattern = SlidingWindow(16)
+    got = confirmer.kl(2, pattern)  # the last layer: its rows do not influence other rows
+    meter = Meter(model)
+    with meter.under(None):
+        dense = torch.log_softmax(model(ids).logits[0, -tail:].double(), -1)
+    with meter.under(Policy(layers=((2, Rule(pattern)),))):
+        other = torch.log_softmax(model(ids).logits[0, -tail:].double(), -1)
+    expected = float((dense.exp() * (dense - other)).sum(-1).mean())
+    assert expected > 1e-5
+    assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_search_stays_inside_the_limit_and_resumes_from_the_journal(model, ids, tmp_path, monkeypatch):
+    options = [Dense(), SlidingWindow(16, 2), SlidingWindow(64, 2)]
+
+    def timed(meter, text, patterns, tick):  # real scores, but with clear times: this machine's noise must not decide
+        rows = real(meter, text, patterns, tick)
+        for row in rows:
+            for trial, seconds in zip(row, (1.0, 0.2, 0.5), strict=True):
+                trial.seconds = seconds
+        return rows
+
+    real = score_layers
+    monkeypatch.setattr("foveal.tune.search.score_layers", timed)
+    journal = Journal(tmp_path / "j.jsonl", "d")
+    found, policy = search(Meter(model), ids, options, 0.01, journal, lambda p: Dense(), lambda line: None)
+    best = [r for r in found.rounds if r["measured_ppl_increase"] <= 0.01]
+    assert best, "no round was inside the limit"
+    assert any(found.picked), "a tolerant tiny model leaves something to sparsify"
+    assert policy.rule(0).pattern(decoding=True) == Dense()
+    assert [policy.rule(i).prefill for i in range(3)] == [options[o] for o in found.picked]
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again although the journal holds it")
+
+    monkeypatch.setattr("foveal.tune.search.score_layers", never)
+    monkeypatch.setattr("foveal.tune.search.Confirmer", never)
+    again, same = search(
+        Meter(model), ids, options, 0.01, Journal(tmp_path / "j.jsonl", "d"), lambda p: Dense(), lambda line: None
+    )
+    assert same == policy and again.picked == found.picked
+
+
+def test_meter_figures_equal_plain_transformers(model, ids):
+    meter, reference = Meter(model), DenseLogits(rows=16)
+    got = meter.quality(ids, None, reference)
+    with torch.inference_mode():
+        logits = model(ids).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[0, 1:], reduction="none")
+    assert torch.allclose(got.nll.double(), expected, atol=1e-5)
+    assert meter.quality(ids, Policy.uniform(Dense()), reference).kl == pytest.approx(0.0, abs=1e-6)
+    window = meter.quality(ids, Policy.uniform(SlidingWindow(8)), reference)
+    assert window.kl > 1e-4
+    n = ids.shape[1]
+    assert window.density.density == pytest.approx((8 * n - 28) / (n * (n + 1) / 2))
+
+
+def test_decoding_is_prefill_then_single_tokens(model, ids):
+    meter = Meter(model)
+    dense = meter.decoding(ids, 24, None)
+    teacher = meter.quality(ids, None).nll[-24:]
+    assert torch.allclose(dense.nll, teacher, atol=1e-4)
+    policy = Policy.uniform(SlidingWindow(12, 1))
+    assert torch.allclose(meter.decoding(ids, 24, policy).nll, meter.quality(ids, policy).nll[-24:], atol=1e-4)
