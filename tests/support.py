@@ -204,7 +204,7 @@ def loop(
     batch, heads, q_len, _ = qs.shape
     kv_heads, kv_len = ks.shape[1:3]
     out, lse = np.zeros((batch, heads, q_len, vs.shape[3])), np.full((batch, heads, q_len), -np.inf)
-    seen = np.zeros((batch, heads, q_len, kv_len), dtype=np.int64)
+    seen = np.zeros((batch, heads, q_len, kv_len), dtype=np.int16)
     allowed = host.dense()
     mean = isinstance(layout, Groups) and layout.combine == "mean"
     for b in range(batch):

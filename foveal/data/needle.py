@@ -1,8 +1,9 @@
 """Needle in a haystack: can a model still find a sentence that lies far back?
 
 Invented facts ("The secret code of Lisbon is 48213.") are put between the sentences of a long text, one at each
-requested depth; then each is asked for. All needles lie in one context, so that one prefill serves all questions.
-Scoring is exact: greedy decoding must give the answer's tokens. Chance is 1 in 90,000.
+requested depth; then each is asked for. All needles lie in one context, so that one prefill serves all questions; each
+is of another kind, because small models mix up facts of one kind even with dense attention. Scoring is exact: greedy
+decoding must give the answer's tokens. Chance is 1 in 90,000.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from .text import prefix, tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PLACES = (
-    "Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Nairobi", "Vienna", "Havana", "Athens", "Prague", "Quito",
-    "Seoul", "Tunis", "Warsaw", "Zagreb", "Berlin", "Madrid", "Manila", "Jakarta", "Geneva", "Boston", "Denver", "Riga",
-)  # fmt: skip
-NEEDLE = "The secret code of {place} is {code}."
-QUESTION = "What is the secret code of {place}?"
-ANSWER = "The secret code of {place} is"
+SUBJECTS = (
+    ("the secret code of", ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Nairobi", "Vienna")),
+    ("the phone number of", ("Maria", "Robert", "Elena", "Samuel", "Clara", "Victor", "Irene", "Oscar")),
+    ("the price of the golden", ("lamp", "piano", "clock", "mirror", "carpet", "crown", "violin", "vase")),
+    (
+        "the serial number of the",
+        ("red engine", "blue truck", "old boat", "white drone", "green tractor", "black crane"),
+    ),
+    ("the population of the village", ("Ardley", "Morvale", "Tinsbury", "Kelmore", "Hapford", "Wexham")),
+    ("the weight of the stone", ("statue", "bridge", "tower", "lion", "fountain", "arch")),
+    ("the height of the", ("northern peak", "eastern ridge", "silver cliff", "grey volcano", "western summit")),
+    ("the ticket number of the", ("first passenger", "last visitor", "young pilot", "lost tourist", "early guest")),
+)
+"""What needles are about: a kind, and its members. No two needles of one context share a kind."""
 
 _HAY = "\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -72,23 +80,21 @@ def build(
         haystack: ``(N,)`` token ids of ordinary text; the first ones are used.
         length: tokens of the context together with the longest question and its answer; never exceeded.
         depths: from 0 (beginning) to 1 (end); each needle goes to the nearest end of a sentence.
-        seed: chooses places and codes.
+        seed: chooses subjects and codes.
         chat: use the tokenizer's chat template; None: where it has one.
 
     Raises:
-        ConfigError: a depth out of range, more depths than places, a ``length`` too short, no chat template.
+        ConfigError: a depth out of range, more depths than kinds, a ``length`` too short, no chat template.
         DataError: the haystack is too short.
     """
-    if not depths or len(depths) > len(PLACES) or not all(0 <= d <= 1 for d in depths):
-        raise ConfigError(f"depths is {tuple(depths)!r}; expected 1 to {len(PLACES)} numbers from 0 to 1.")
+    if not depths or len(depths) > len(SUBJECTS) or not all(0 <= d <= 1 for d in depths):
+        raise ConfigError(f"depths is {tuple(depths)!r}; expected 1 to {len(SUBJECTS)} numbers from 0 to 1.")
     g = torch.Generator().manual_seed(seed)
-    places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=g)[: len(depths)].tolist()]
+    kinds = [SUBJECTS[i] for i in torch.randperm(len(SUBJECTS), generator=g)[: len(depths)].tolist()]
+    subjects = [f"{kind} {of[int(torch.randint(len(of), (), generator=g))]}" for kind, of in kinds]
     codes = (torch.randperm(90_000, generator=g)[: len(depths)] + 10_000).tolist()
-    before, rendered = _frame(tokenizer, places, chat)
-    needles = [
-        tokens(tokenizer, f" {NEEDLE.format(place=place, code=code)}")
-        for place, code in zip(places, codes, strict=True)
-    ]
+    before, rendered = _frame(tokenizer, subjects, chat)
+    needles = [tokens(tokenizer, f" {_capital(x)} is {code}.") for x, code in zip(subjects, codes, strict=True)]
     asked = [_question(tokenizer, text, code) for text, code in zip(rendered, codes, strict=True)]
     after = max(len(q) + len(a) for q, a in asked)
     hay = length - len(before) - after - sum(map(len, needles))
@@ -105,10 +111,10 @@ def build(
     text = haystack[:hay].cpu()
     ends = _sentence_ends(tokenizer, text)
     order = sorted(range(len(depths)), key=lambda i: depths[i])
-    places_in_text = {i: int(ends[(ends - depths[i] * hay).abs().argmin()]) for i in order}
+    ends_at = {i: int(ends[(ends - depths[i] * hay).abs().argmin()]) for i in order}
     parts, at, position, found = [before], 0, len(before), {}
     for i in order:
-        end = places_in_text[i]
+        end = ends_at[i]
         parts += [text[at:end], needles[i]]
         found[i] = position + end - at
         position, at = found[i] + len(needles[i]), end
@@ -158,10 +164,10 @@ def retrieve(model: PreTrainedModel, needles: Needles, cache: Any = None) -> tup
     return score(needles, decode)
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, places: list[str], chat: bool | None) -> tuple[Tensor, list[str]]:
-    """What stands before the haystack (ids), and for each place what stands after it, up to where the answer begins."""
-    asked = [QUESTION.format(place=p) for p in places]
-    begun = [ANSWER.format(place=p) for p in places]
+def _frame(tokenizer: PreTrainedTokenizerBase, subjects: list[str], chat: bool | None) -> tuple[Tensor, list[str]]:
+    """What stands before the haystack (ids), and for each subject what stands after it, up to where the answer begins."""
+    asked = [f"What is {x}?" for x in subjects]
+    begun = [f"{_capital(x)} is" for x in subjects]
     template = getattr(tokenizer, "chat_template", None)
     if chat and not template:
         raise ConfigError("chat=True, but this tokenizer has no chat template; use chat=False.")
@@ -187,6 +193,10 @@ def _question(tokenizer: PreTrainedTokenizerBase, text: str, code: int) -> tuple
     while shared < len(ids) and ids[shared] == whole[shared]:
         shared += 1
     return whole[:shared], whole[shared:]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _sentence_ends(tokenizer: PreTrainedTokenizerBase, text: Tensor) -> Tensor:

@@ -66,8 +66,12 @@ class HostMask(torch.Tensor):
                 if n == self.base.kv_len:
                     return self
                 rebuild = self.rebuild
-                base = self.base.crop_keys(n)
-                return HostMask.make(base, self.shape[0], self.q_offset, self.owner, lambda name: rebuild(name)[..., :n])
+
+                def cut_rebuild(name: str) -> Any:
+                    whole = rebuild(name)
+                    return None if whole is None else whole[..., :n]
+
+                return HostMask.make(self.base.crop_keys(n), self.shape[0], self.q_offset, self.owner, cut_rebuild)
         raise UnsupportedError(f"the model indexes its attention mask with {index!r}, which foveal cannot follow; this model family is not supported.")
 
     @classmethod
@@ -100,10 +104,15 @@ class Structure:
 
 
 def read_structure(mask_function: Callable[..., Tensor]) -> Structure:
-    """Read the tree; functions that are not transformers' own, or combinations without a closed form, become opaque."""
+    """Read the tree; functions that are not transformers' own, or combinations without a closed form, become opaque.
+
+    What is found beside an opaque function holds as well: the tree is a conjunction wherever it is descended.
+    """
     found = Structure(opaque=[])
-    if not _walk(mask_function, found, False) or (found.window is not None and not found.causal and not found.both_sides):
-        return Structure(opaque=[mask_function])
+    if not _walk(mask_function, found, False):
+        found.opaque = [mask_function]
+    if found.window is not None and not found.causal and not found.both_sides:  # open to the right only
+        found.window, found.opaque = None, [mask_function]
     return found
 
 
@@ -119,14 +128,14 @@ def _walk(fn: Callable[..., Tensor], out: Structure, remapped: bool) -> bool:
     elif name == "bidirectional_mask_function":
         pass
     elif name == "and_masks.<locals>.and_mask":
-        return all(_walk(part, out, remapped) for part in inside["mask_functions"])
-    elif name == "sliding_window_overlay.<locals>.inner_mask":
-        out.window = int(inside["sliding_window"]) if out.window is None else min(out.window, int(inside["sliding_window"]))
-    elif name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        return all([_walk(part, out, remapped) for part in inside["mask_functions"]])
+    elif name == "sliding_window_overlay.<locals>.inner_mask" and out.window is None:
+        out.window = int(inside["sliding_window"])
+    elif name == "sliding_window_bidirectional_overlay.<locals>.inner_mask" and out.window is None:
         out.window, out.both_sides = int(inside["sliding_window"]) + 1, True  # transformers' distance is inclusive
-    elif name == "chunked_overlay.<locals>.inner_mask" and not remapped:
+    elif name == "chunked_overlay.<locals>.inner_mask" and out.chunk is None and not remapped:
         out.chunk, out.chunk_start = int(inside["chunk_size"]), inside["left_padding"]
-    elif name == "packed_sequence_mask_function.<locals>.inner_mask":
+    elif name == "packed_sequence_mask_function.<locals>.inner_mask" and out.segments is None:
         out.segments = inside["packed_sequence_mask"]
     elif name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
         # positions rise by one inside a document, so causality and windows mean the same in either numbering
@@ -183,11 +192,14 @@ def build_base(
             ok = ok & other(b, h, q, k)
         return ok
 
-    return BaseMask.build(
+    base = BaseMask.build(
         q_len, kv_len, causal=found.causal, shift=q_offset - kv_offset, window=found.window, chunk=found.chunk,
         chunk_start=found.chunk_start, valid=valid, segments=found.segments, kv_offset=kv_offset,
         predicate=every if opaque else None, device=device,
     )  # fmt: skip
+    if kv_offset and padding is not None and found.segments is None:  # padding that has rolled out of the cache counts too
+        base.rank = _keys(padding, kv_len + kv_offset, 0, device).long().cumsum(-1)[:, kv_offset:] - 1  # type: ignore[union-attr]
+    return base
 
 
 def _keys(padding: Tensor | None, kv_len: int, kv_offset: int, device: torch.device | str) -> Tensor | None:

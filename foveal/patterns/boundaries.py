@@ -61,11 +61,17 @@ def boundary_logits(x: Tensor, tensors: Mapping[str, Tensor], window: int, heads
     """
     width = tensors["norm.weight"].numel()
     if x.shape[-1] != width:
-        raise ShapeError(f"the keys have {x.shape[-1]} features per token (KV heads × head_dim); this boundary predictor was made for {width}.")
+        raise ShapeError(
+            f"the keys have {x.shape[-1]} features per token (KV heads × head_dim); this boundary predictor was made for {width}."
+        )
     if width % heads:
-        raise ConfigError(f"a boundary predictor of {width} features cannot have {heads} heads; expected a divisor of {width}.")
+        raise ConfigError(
+            f"a boundary predictor of {width} features cannot have {heads} heads; expected a divisor of {width}."
+        )
     x = x.to(tensors["norm.weight"].dtype)
-    projected = linear(pad(x, (0, 0, window - 1, window)), tensors["attention.in_proj_weight"], tensors["attention.in_proj_bias"])
+    projected = linear(
+        pad(x, (0, 0, window - 1, window)), tensors["attention.in_proj_weight"], tensors["attention.in_proj_bias"]
+    )
     windows = projected.unfold(1, 2 * window, 1)  # (B, N, 3C, 2w)
     parts = [_logits(part, tensors, window, heads) for part in windows.split(rows, dim=1)]
     return torch.cat(parts, 1) if parts else x.new_zeros(x.shape[:2])
@@ -129,7 +135,9 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_predictor(name: str, sha256: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Predictor:
+def load_predictor(
+    name: str, sha256: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Predictor:
     """Read a predictor and check its digest; the result is cached by file and digest.
 
     Raises:
@@ -142,7 +150,9 @@ def load_predictor(name: str, sha256: str, device: torch.device | str = "cpu", d
 def _load(path: str, sha256: str, device: str, dtype: torch.dtype) -> Predictor:
     found = file_sha256(path)
     if found != sha256:
-        raise ConfigError(f"boundary predictor {path} has SHA-256 {found}; expected {sha256 or 'one (it is empty)'}. Give predictor_sha256 of the file that you mean.")
+        raise ConfigError(
+            f"boundary predictor {path} has SHA-256 {found}; expected {sha256 or 'one (it is empty)'}. Give predictor_sha256 of the file that you mean."
+        )
     tensors, meta = read_predictor(path)
     return Predictor({n: t.to(device, dtype) for n, t in tensors.items()}, int(meta["window"]), int(meta["heads"]))
 
@@ -152,7 +162,9 @@ def read_predictor(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ConfigError("boundary predictors are stored as safetensors, which is not installed: pip install 'foveal[hf]'.") from None
+        raise ConfigError(
+            "boundary predictors are stored as safetensors, which is not installed: pip install 'foveal[hf]'."
+        ) from None
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = dict(file.metadata() or {})
@@ -160,5 +172,7 @@ def read_predictor(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"boundary predictor {path} cannot be read: {error}.") from None
     if meta.get("format") != FORMAT or meta.get("version") != "1":
-        raise ConfigError(f"{path} has the format {meta.get('format')!r} version {meta.get('version')!r}; expected {FORMAT!r} version '1', written by BoundaryPredictor.save.")
+        raise ConfigError(
+            f"{path} has the format {meta.get('format')!r} version {meta.get('version')!r}; expected {FORMAT!r} version '1', written by BoundaryPredictor.save."
+        )
     return tensors, meta

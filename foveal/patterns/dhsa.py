@@ -85,24 +85,39 @@ class DHSA(Pattern):
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, low in (("q_block", 1), ("kv_block", 1), ("local", 0), ("sinks", 0), ("instruction", 0), ("predictor_heads", 0)):
+        for name, low in (
+            ("q_block", 1),
+            ("kv_block", 1),
+            ("local", 0),
+            ("sinks", 0),
+            ("instruction", 0),
+            ("predictor_heads", 0),
+        ):
             check_range(self, name, low=low)
         for name, low in (("chunk", 1), ("max_chunk", 1), ("gap", 0)):
             check_range(self, name, low=low)
         chunk = self.variant == "chunk"
         if self.budget.mass is not None:
-            raise ConfigError(f"DHSA.budget is {self.budget}; expected tokens or density. For a mass budget use block_topk.")
+            raise ConfigError(
+                f"DHSA.budget is {self.budget}; expected tokens or density. For a mass budget use block_topk."
+            )
         if self.literal and chunk:
             raise ConfigError(
                 "DHSA.literal is true with variant 'chunk'; expected a block variant. The authors' lists hold keys twice, which no layout "
                 "with unique positions can express; drop literal (predictor_heads=8 gives their inference setting)."
             )
         if self.decode == "reconstructed" and not chunk:
-            raise ConfigError(f"DHSA.decode is 'reconstructed' with variant {self.variant!r}; expected 'dense', or variant 'chunk'.")
+            raise ConfigError(
+                f"DHSA.decode is 'reconstructed' with variant {self.variant!r}; expected 'dense', or variant 'chunk'."
+            )
         if self.predictor and not chunk:
-            raise ConfigError(f"DHSA.predictor is {self.predictor!r} with variant {self.variant!r}; only variant 'chunk' has boundaries.")
+            raise ConfigError(
+                f"DHSA.predictor is {self.predictor!r} with variant {self.variant!r}; only variant 'chunk' has boundaries."
+            )
         if bool(self.predictor) != bool(self.predictor_sha256):
-            raise ConfigError("DHSA.predictor and predictor_sha256 come together; DHSA.with_predictor(path) fills in both.")
+            raise ConfigError(
+                "DHSA.predictor and predictor_sha256 come together; DHSA.with_predictor(path) fills in both."
+            )
 
     @classmethod
     def with_predictor(cls, path: str | Path, **fields: Any) -> Self:
@@ -115,7 +130,11 @@ class DHSA(Pattern):
             return "prefill"  # a chunk's vector covers the whole chunk, also its keys after the query block
         near: LookAhead = "block" if self.q_block > 1 else "none"
         by_length = self.budget.tokens is None  # K then follows from the prompt's length
-        return "prefill" if by_length or self.variant in ("vs", "vsb") or (self.variant == "topk" and self.literal) else near
+        return (
+            "prefill"
+            if by_length or self.variant in ("vs", "vsb") or (self.variant == "topk" and self.literal)
+            else near
+        )
 
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
         """A ``BlockMask`` (block variants) or ``KeySelection`` (chunk form); dense for one new token unless reconstructed."""
@@ -133,7 +152,9 @@ class DHSA(Pattern):
             rule = BlockRule(self.variant, self.budget, self.q_block, self.kv_block, scale, self.literal)
             return tile_layout(q, k, base, (self.q_block, self.kv_block), rule.keep), state
         if not base.causal:
-            raise UnsupportedError("dhsa with variant 'chunk' ranks earlier keys and this attention is bidirectional; use variant='a' or block_topk.")
+            raise UnsupportedError(
+                "dhsa with variant 'chunk' ranks earlier keys and this attention is bidirectional; use variant='a' or block_topk."
+            )
         if self.budget.tokens is not None and self.budget.tokens >= filled_keys(base):
             return None, None
         if documents(base):
@@ -170,7 +191,9 @@ class DHSA(Pattern):
             here = count[rows, :, u : u + index.shape[2]]
             real = index >= 0
             place = torch.where(real, here[..., None] + real.long().cumsum(-1) - 1, out.shape[-1] - 1)
-            out[rows, :, u : u + index.shape[2]] = out[rows, :, u : u + index.shape[2]].scatter(-1, place, torch.where(real, index, -1))
+            out[rows, :, u : u + index.shape[2]] = out[rows, :, u : u + index.shape[2]].scatter(
+                -1, place, torch.where(real, index, -1)
+            )
             here += real.sum(-1)
         return KeySelection(out[..., :-1], size)
 
@@ -180,7 +203,9 @@ class DHSA(Pattern):
             predictor = load_predictor(self.predictor, self.predictor_sha256, k.device, compute_dtype(k.dtype))
             if self.predictor_heads:
                 predictor = replace(predictor, heads=self.predictor_heads)
-        name = (self.predictor_sha256, self.predictor_heads, self.threshold, self.gap) if self.predictor else (self.chunk,)
+        name = (
+            (self.predictor_sha256, self.predictor_heads, self.threshold, self.gap) if self.predictor else (self.chunk,)
+        )
         return ChunkRule(
             predictor, self.chunk, self.max_chunk, self.threshold, self.gap, 8, self.q_block, self.instruction,
             self.per_head, self.pooling, ("dhsa", *name, self.q_block, self.instruction),

@@ -28,7 +28,17 @@ from ..core.base_mask import EMPTY, BaseMask
 from ..core.budget import Budget
 from ..core.errors import UnsupportedError
 from ..kernels.call import compute_dtype
-from ..kernels.pooling import block_sums, diagonal_tiles, fill, filled_keys, mean_rows, pooled_scores, real_rows, sink_tiles, tile_area
+from ..kernels.pooling import (
+    block_sums,
+    diagonal_tiles,
+    fill,
+    filled_keys,
+    mean_rows,
+    pooled_scores,
+    real_rows,
+    sink_tiles,
+    tile_area,
+)
 
 BlockVariant = Literal["a", "vs", "vsb", "topk"]
 
@@ -69,7 +79,9 @@ class BlockRule:
         else:
             scores = self._means(q, k, base)
         room = budget[:, None] - forced.sum(-1)
-        keep = fill(scores, (reach & ~forced)[:, None], torch.ones((), device=q.device), room[:, None]) | forced[:, None]
+        keep = (
+            fill(scores, (reach & ~forced)[:, None], torch.ones((), device=q.device), room[:, None]) | forced[:, None]
+        )
         dense = self._dense(reach.sum(-1), last, budget[:, None])
         return keep | (reach & dense[..., None])[:, None]
 
@@ -104,12 +116,15 @@ class BlockRule:
         keys = -(-filled_keys(base) // unit) * unit  # as if padded to whole blocks
         if self.budget.tokens is not None or self.literal:
             tokens = self.budget.tokens if self.budget.tokens is not None else (self.budget.density or 0.0) * keys
-            return torch.full((1,), max(1, int(min(tokens, keys) / self.kv_block + 1e-9)), device=reach.device)
+            tokens = keys if tokens >= filled_keys(base) else tokens  # a budget of the whole length is dense
+            return torch.full((1,), max(1, int(tokens / self.kv_block + 1e-9)), device=reach.device)
         area = tile_area(base, self.q_block, self.kv_block)
         reachable, must = reach.sum(-1), forced.sum(-1)
         allowed, sure = area.sum(-1).double(), (area * forced).sum(-1).double()
         each = (allowed - sure) / (reachable - must).clamp(min=1)  # pairs of a tile that competes
-        choices = torch.arange(1, int(reachable.max()) + 1 if reachable.numel() else 1, device=reach.device)[None, :, None]
+        choices = torch.arange(1, int(reachable.max()) + 1 if reachable.numel() else 1, device=reach.device)[
+            None, :, None
+        ]
         pairs = torch.minimum(sure[:, None] + (choices - must[:, None]).clamp(min=0) * each[:, None], allowed[:, None])
         pairs = torch.where(self._dense(reachable[:, None], last[:, None], choices), allowed[:, None], pairs).sum(-1)
         off = (pairs - (self.budget.density or 0.0) * allowed.sum(-1, keepdim=True)).abs()
@@ -147,7 +162,9 @@ class BlockRule:
             tokens = int(budget[b if budget.shape[0] > 1 else 0]) * self.kv_block
             for h, group in enumerate(torch.arange(heads, device=q.device).view(kv_heads, -1)):
                 lines = q[b, group][:, some.clamp(min=0)].to(compute_dtype(q.dtype))
-                weights = torch.softmax((lines @ k[b, h].to(lines.dtype).T * self.scale).masked_fill(~seen, -torch.inf), -1)
+                weights = torch.softmax(
+                    (lines @ k[b, h].to(lines.dtype).T * self.scale).masked_fill(~seen, -torch.inf), -1
+                )
                 weights = weights.masked_fill(~seen, 0.0)
                 vertical = best(weights.sum(1), tokens // 2)
                 slash = best(by_distance(weights, int(some[0]) + base.shift), tokens - tokens // 2)
@@ -187,9 +204,15 @@ class BlockRule:
         start = torch.arange(-(-base.kv_len // self.kv_block), device=slash.device) * unit
         near = (first[:, None] - (start + unit - 1)).clamp(min=0)
         far = (final[:, None] - start).clamp(max=slash.shape[-1] - 1)
-        total = pad(slash.double().cumsum(-1), (1, 0))
-        mass = total[..., (far + 1).clamp(min=0)] - total[..., near.clamp(max=slash.shape[-1])]
-        return torch.where(far >= near, mass, 0.0)
+        if unit == 1:  # few distances per tile: add them one by one, so that equal masses stay exactly equal
+            steps = [far - step for step in range(int((final - first).max()) + 1)]
+            return sum((torch.where(at >= near, slash[..., at.clamp(min=0)], 0.0) for at in steps), slash.new_zeros(()))
+        near, after = near.clamp(max=slash.shape[-1]), (far + 1).clamp(min=0)
+        total, some = pad(slash.double().cumsum(-1), (1, 0)), pad((slash != 0).cumsum(-1), (1, 0))
+        touched = (far >= near) & (
+            some[..., after] > some[..., near]
+        )  # without it, rounding would rank untouched tiles
+        return torch.where(touched, total[..., after] - total[..., near], 0.0)
 
 
 def last_row(base: BaseMask) -> Tensor:

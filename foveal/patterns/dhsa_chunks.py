@@ -68,7 +68,9 @@ def pool_chunks(k: Tensor, first: Tensor, base: BaseMask, pooling: Pooling) -> T
     count = first.shape[1]
     index = torch.where(real, index, count)[:, None, :, None].expand(k.shape)
     empty = k.new_full((*k.shape[:2], count + 1, k.shape[3]), -torch.inf if pooling == "maxpool" else 0.0)
-    out = empty.scatter_reduce(2, index, torch.where(real[:, None, :, None], k, 0.0), "amax" if pooling == "maxpool" else "sum")
+    out = empty.scatter_reduce(
+        2, index, torch.where(real[:, None, :, None], k, 0.0), "amax" if pooling == "maxpool" else "sum"
+    )
     return out[:, :, :count]
 
 
@@ -98,7 +100,9 @@ class Spans:
     room: Tensor
 
 
-def spans(base: BaseMask, q_block: int, local: int, sinks: int, dense_rows: int, keys: Tensor | float, share: bool) -> Spans:
+def spans(
+    base: BaseMask, q_block: int, local: int, sinks: int, dense_rows: int, keys: Tensor | float, share: bool
+) -> Spans:
     """Which keys each query block keeps in any case.
 
     Args:
@@ -183,7 +187,9 @@ def _lists(kept: Tensor) -> Tensor:
     return out.view(*kept.shape[:3], -1)
 
 
-def select_chunks(q: Tensor, chunks: Chunks, base: BaseMask, q_block: int, pooling: Pooling, span: Spans) -> KeySelection:
+def select_chunks(
+    q: Tensor, chunks: Chunks, base: BaseMask, q_block: int, pooling: Pooling, span: Spans
+) -> KeySelection:
     """Score, copy down, choose: the lists of every query block. ``chunks.pooled`` with one head means one list for all."""
     total = keys_before(base)[:, filled_keys(base)]
     rows = max(chunks.first.shape[0], total.shape[0])
@@ -193,4 +199,3 @@ def select_chunks(q: Tensor, chunks: Chunks, base: BaseMask, q_block: int, pooli
     scores = pooled_scores(mean_rows(q, q_block, real_rows(base)), chunk_vectors(chunks, length, pooling))
     taken = tokens_per_chunk(scores, first, length, span)
     return KeySelection(key_lists(taken, first, span, base), q_block)
-

@@ -63,7 +63,9 @@ class ChunkRule:
             if pooled is not None:
                 return Chunks(first, pooled, filled, origin, self.name)
         first = self._all(k, base, prompt=base.q_len > 1) if leader is None else leader.first
-        return Chunks(first, pool_chunks(head_mean(k, self.per_head), first, base, self.pooling), filled, origin, self.name)
+        return Chunks(
+            first, pool_chunks(head_mean(k, self.per_head), first, base, self.pooling), filled, origin, self.name
+        )
 
     def _leader(self, ctx: SelectContext, filled: int) -> Chunks | None:
         """Boundaries of the first layer that has predicted them in this forward; they are shared by all layers."""
@@ -71,7 +73,11 @@ class ChunkRule:
             return None
         for layer in sorted(ctx.earlier):
             state = ctx.earlier[layer].state
-            if layer < ctx.layer_index and isinstance(state, Chunks) and (state.rule, state.absorbed) == (self.name, filled):
+            if (
+                layer < ctx.layer_index
+                and isinstance(state, Chunks)
+                and (state.rule, state.absorbed) == (self.name, filled)
+            ):
                 return state
         return None
 
@@ -83,7 +89,9 @@ class ChunkRule:
             first = torch.arange(max(1, -(-int(total.max()) // self.length)), device=k.device) * self.length
             return torch.where(first < total[:, None], first, NONE)
         valid = None if base.valid is None else base.valid[:, :filled]
-        logits = boundary_logits(key_features(k[:, :, :filled], valid), self.predictor.tensors, self.predictor.window, self.predictor.heads)
+        logits = boundary_logits(
+            key_features(k[:, :, :filled], valid), self.predictor.tensors, self.predictor.window, self.predictor.heads
+        )
         rows = []
         for b in range(k.shape[0]):
             at = before[b if before.shape[0] > 1 else 0]
@@ -91,7 +99,9 @@ class ChunkRule:
             question = end - self.instruction if prompt and 0 < self.instruction < end else None
             usable = logits[b].clone()
             usable[at[1 : filled + 1] == at[:filled]] = -torch.inf  # padding
-            usable[at[1 : filled + 1] >= (end if question is None else question)] = -torch.inf  # no chunk after the question's start
+            usable[
+                at[1 : filled + 1] >= (end if question is None else question)
+            ] = -torch.inf  # no chunk after the question's start
             limit = filled // self.q_block * self.per_block
             ranks = [int(at[i + 1]) for i in pick_boundaries(usable, self.threshold, self.gap, limit)]
             rows.append(sorted({0, *ranks} | ({question} if question is not None else set())))
@@ -104,7 +114,11 @@ class ChunkRule:
         used = (first < NONE).sum(-1)
         total = before[:, filled]
         if self.predictor is None:
-            begin = torch.where((before[:, filled] > before[:, filled - 1]) & ((total - 1) % self.length == 0) & (total > 1), total - 1, NONE)
+            begin = torch.where(
+                (before[:, filled] > before[:, filled - 1]) & ((total - 1) % self.length == 0) & (total > 1),
+                total - 1,
+                NONE,
+            )
         else:
             w = self.predictor.window
             last = first.gather(1, used.clamp(min=1)[:, None] - 1)[:, 0]
@@ -125,7 +139,13 @@ class ChunkRule:
         used = used.expand(rows)
         if int(used.max()) == first.shape[1]:
             first = pad(first, (0, 1), value=NONE)
-        return first.scatter(1, used[:, None], torch.where(begin < NONE, begin, first.gather(1, used.clamp(max=first.shape[1] - 1)[:, None])[:, 0])[:, None])
+        return first.scatter(
+            1,
+            used[:, None],
+            torch.where(begin < NONE, begin, first.gather(1, used.clamp(max=first.shape[1] - 1)[:, None])[:, 0])[
+                :, None
+            ],
+        )
 
     def _grow(self, state: Chunks, first: Tensor, k: Tensor, base: BaseMask) -> Tensor | None:
         """Pooled keys after one more key, touching only the chunks that change; None when earlier chunks moved."""

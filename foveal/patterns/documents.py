@@ -62,7 +62,15 @@ def crop(base: BaseMask, document: Document, start: int, stop: int) -> BaseMask:
     rank = torch.where(inside, pick(base.rank), -1)
     predicate = None if base.predicate is None else _shifted(base.predicate, document.row or 0, start)
     return BaseMask(
-        stop - start, stop - start, lo, torch.maximum(lo, hi), 0, base.causal, rank, None if bool(valid.all()) else valid, predicate
+        stop - start,
+        stop - start,
+        lo,
+        torch.maximum(lo, hi),
+        0,
+        base.causal,
+        rank,
+        None if bool(valid.all()) else valid,
+        predicate,
     )
 
 

@@ -94,7 +94,14 @@ class BlockTopK(Pattern):
             return self._decode(q, k, base, scale, sums), sums
 
         def keep(q: Tensor, k: Tensor, part: BaseMask) -> Tensor:
-            return self._tiles(q, k, part, scale, sums if sums is not None else absorb(None, k, part, self.kv_block), ctx.role == "cross")
+            return self._tiles(
+                q,
+                k,
+                part,
+                scale,
+                sums if sums is not None else absorb(None, k, part, self.kv_block),
+                ctx.role == "cross",
+            )
 
         return tile_layout(q, k, base, (self.q_block, self.kv_block), keep), sums
 
@@ -111,7 +118,11 @@ class BlockTopK(Pattern):
         rows = (area.sum(-1) > 0) * _rows(base, self.q_block)[:, None]
         allowed = area.sum(-1).double()
         if self.budget.mass is None:
-            target = allowed * self.budget.density if self.budget.density else torch.minimum(allowed, rows * float(self.budget.tokens or 0))
+            target = (
+                allowed * self.budget.density
+                if self.budget.density
+                else torch.minimum(allowed, rows * float(self.budget.tokens or 0))
+            )
             room = target - (area * forced).sum(-1)
             cost = area
         else:
@@ -120,7 +131,9 @@ class BlockTopK(Pattern):
             cost = torch.nan_to_num(torch.softmax(logits.masked_fill(~reach, -torch.inf).double(), -1))
             room = self.budget.mass - (cost * forced).sum(-1)
         keep = fill(scores, reach & ~forced, cost, room, _OVERSHOOT[_kind(self.budget)]) | forced
-        blind = reach.any(-1, keepdim=True) & ~keep.any(-1, keepdim=True)  # cross-attention under a tiny budget: the best block
+        blind = reach.any(-1, keepdim=True) & ~keep.any(
+            -1, keepdim=True
+        )  # cross-attention under a tiny budget: the best block
         best = torch.where(reach, scores, -torch.inf).argmax(-1, keepdim=True)
         return keep | torch.zeros_like(keep).scatter(-1, best, blind)
 
@@ -148,18 +161,24 @@ class BlockTopK(Pattern):
         own, size = base.shift, self.kv_block
         before = keys_before(base)
         lo, hi = base.lo[:, 0], base.hi[:, 0]
-        tail = max(0, min(own // size * size, own - self.local + 1)) // size * size  # blocks from here on are kept whole
+        tail = (
+            max(0, min(own // size * size, own - self.local + 1)) // size * size
+        )  # blocks from here on are kept whole
         start = torch.arange(tail // size, device=k.device) * size
         rows = torch.arange(max(before.shape[0], lo.shape[0]), device=k.device)
         before, lo, hi = before.expand(len(rows), -1), lo.expand(len(rows)), hi.expand(len(rows))
-        edge = (start[:, None] + torch.tensor([0, size], device=k.device))[None].clamp(lo[:, None, None], hi[:, None, None])
+        edge = (start[:, None] + torch.tensor([0, size], device=k.device))[None].clamp(
+            lo[:, None, None], hi[:, None, None]
+        )
         real = before.gather(1, edge[..., 1]) - before.gather(1, edge[..., 0])  # keys of the block that the row may see
         candidate = real > 0
         scores = pooled_scores(q.to(sums.sums.dtype), sums.means[:, :, : len(start)], self.per_head)[:, :, 0] * scale
         sink = self._sinks(base, tail)
         allowed = before[rows, hi] - before[rows, lo]
         if self.budget.mass is None:
-            target = self.budget.density * allowed if self.budget.density else allowed.clamp(max=self.budget.tokens or 0)
+            target = (
+                self.budget.density * allowed if self.budget.density else allowed.clamp(max=self.budget.tokens or 0)
+            )
             near = before[:, own + 1] - torch.maximum(before[:, tail], before[rows, lo])
             room = (target - near - (sink >= 0).sum(-1))[:, None]
             cost = real[:, None]
@@ -170,7 +189,11 @@ class BlockTopK(Pattern):
 
     def _sinks(self, base: BaseMask, tail: int) -> Tensor:
         """``(B or 1, ≤ sinks)`` key indices of the first tokens before the tail that the row may see; −1 pads."""
-        hit = (base.rank[:, :tail] >= 0) & (base.rank[:, :tail] < self.sinks) & (torch.arange(tail, device=base.device) >= base.lo[:, :1])
+        hit = (
+            (base.rank[:, :tail] >= 0)
+            & (base.rank[:, :tail] < self.sinks)
+            & (torch.arange(tail, device=base.device) >= base.lo[:, :1])
+        )
         if base.valid is not None:
             hit = hit & base.valid[:, :tail]
         width = int(hit.sum(-1).max()) if hit.numel() else 0
@@ -178,7 +201,16 @@ class BlockTopK(Pattern):
         return torch.where(hit.gather(1, index), index, -1)
 
     def _decode_mass(
-        self, q: Tensor, k: Tensor, scores: Tensor, candidate: Tensor, real: Tensor, sink: Tensor, tail: int, sums: BlockSums, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        scores: Tensor,
+        candidate: Tensor,
+        real: Tensor,
+        sink: Tensor,
+        tail: int,
+        sums: BlockSums,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Room and cost in mass: softmax over competing blocks, tail blocks and single sink tokens."""
         far = scores + torch.log(real.clamp(min=1))[:, None]

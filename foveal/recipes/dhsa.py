@@ -42,14 +42,20 @@ def mass_ratios(rows: Iterable[tuple[int, Tensor]], length: int, window: int) ->
     columns = band = None
     for first, block in rows:
         if block.shape[-1] != length or first + block.shape[1] > length:
-            raise ShapeError(f"attention rows from {first} have shape {tuple(block.shape)}; expected (batch, rows, {length}) inside {length} rows.")
+            raise ShapeError(
+                f"attention rows from {first} have shape {tuple(block.shape)}; expected (batch, rows, {length}) inside {length} rows."
+            )
         block = block.double().tril(first)
         if columns is None or band is None:
             columns = block.new_zeros(block.shape[0], length)
             band = block.new_zeros(block.shape[0], 2 * window - 1, length)
         columns += block.sum(1)
         for offset in range(2 * window - 1):  # A[c + offset, c]
-            diagonal = block.diagonal(first - offset, 1, 2) if first >= offset else block[:, offset - first :].diagonal(0, 1, 2)
+            diagonal = (
+                block.diagonal(first - offset, 1, 2)
+                if first >= offset
+                else block[:, offset - first :].diagonal(0, 1, 2)
+            )
             at = max(first - offset, 0)
             band[:, offset, at : at + diagonal.shape[1]] = diagonal
     if columns is None or band is None:
@@ -92,9 +98,13 @@ def boundary_labels(ratios: Tensor, window: int, beta: float = 2.0) -> Tensor:
     return labels
 
 
-def focal_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None, gamma: float = 2.0, pos_weight: float = 1.3) -> Tensor:
+def focal_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, gamma: float = 2.0, pos_weight: float = 1.3
+) -> Tensor:
     """Mean over ``mask`` of ``(1 − p_t)^γ ·`` cross-entropy, positives weighted; p_t is the probability of the true label."""
-    entropy = binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=logits.new_tensor(pos_weight))
+    entropy = binary_cross_entropy_with_logits(
+        logits, labels, reduction="none", pos_weight=logits.new_tensor(pos_weight)
+    )
     right = torch.where(labels > 0.5, torch.sigmoid(logits), torch.sigmoid(-logits))
     loss = (1 - right) ** gamma * entropy
     return loss.mean() if mask is None else (loss * mask).sum() / mask.sum().clamp(min=1)
@@ -154,12 +164,16 @@ def train_boundaries(
         done, losses, positives, labelled = _resume(Path(checkpoint), predictor, optimizer, setting)
     steps = epochs * len(token_batches)
     for epoch in range(done, epochs):
-        order = torch.randperm(len(token_batches), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
+        order = torch.randperm(
+            len(token_batches), generator=torch.Generator().manual_seed(seed * 7919 + epoch)
+        ).tolist()
         for index in order:
             optimizer.zero_grad()
             total = 0.0
             for layer in record(model, token_batches[index]):
-                ratios = mass_ratios(attention_rows(layer.q, layer.k, layer.scale, layer.base), layer.k.shape[2], window)
+                ratios = mass_ratios(
+                    attention_rows(layer.q, layer.k, layer.scale, layer.base), layer.k.shape[2], window
+                )
                 labels = boundary_labels(ratios, window).to(device)
                 loss = focal_loss(predictor(layer.k.float()), labels)
                 loss.backward()
@@ -182,23 +196,36 @@ def _save(
 
     training = json.dumps({**setting, "epochs": epochs, "losses": losses, "positives": positives, "labelled": labelled})
     names = {p: name for name, p in predictor.named_parameters()}
-    moments = {f"{names[p]}/{key}": value.detach().cpu() for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {
+        f"{names[p]}/{key}": value.detach().cpu()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
     save_file(moments, f"{path}.optimizer.part", metadata={"training": training})
     Path(f"{path}.optimizer.part").replace(f"{path}.optimizer")
     predictor.save(path, training=training)
 
 
-def _resume(path: Path, predictor: BoundaryPredictor, optimizer: torch.optim.Adam, setting: dict[str, Any]) -> tuple[int, list[float], float, int]:
+def _resume(
+    path: Path, predictor: BoundaryPredictor, optimizer: torch.optim.Adam, setting: dict[str, Any]
+) -> tuple[int, list[float], float, int]:
     from safetensors import safe_open
 
     saved = BoundaryPredictor.load(path)
     with safe_open(f"{path}.optimizer", framework="pt") as file:
         training = json.loads(file.metadata()["training"])
         moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    found = {**{k: training[k] for k in setting}, "window": saved.window, "heads": saved.heads, "key_dim": saved.key_dim}
+    found = {
+        **{k: training[k] for k in setting},
+        "window": saved.window,
+        "heads": saved.heads,
+        "key_dim": saved.key_dim,
+    }
     wanted = {**setting, "window": predictor.window, "heads": predictor.heads, "key_dim": predictor.key_dim}
     if found != wanted:
-        raise ConfigError(f"checkpoint {path} was made with {found}; expected {wanted}. Use another file, or the same settings.")
+        raise ConfigError(
+            f"checkpoint {path} was made with {found}; expected {wanted}. Use another file, or the same settings."
+        )
     predictor.load_state_dict(saved.state_dict())
     device = predictor.norm.weight.device
     for name, p in predictor.named_parameters():

@@ -44,9 +44,13 @@ def record_layers(model: Any, tokens: Tensor) -> Iterator[Recorded]:
         sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         if not getattr(module, "is_causal", True) or query.shape[2] != key.shape[2]:
-            raise UnsupportedError("the boundary predictor is trained on causal self-attention; this layer is bidirectional or cross-attention.")
+            raise UnsupportedError(
+                "the boundary predictor is trained on causal self-attention; this layer is bidirectional or cross-attention."
+            )
         if kwargs.get("position_bias") is not None:
-            raise UnsupportedError("this model adds a position bias to its logits, which the boundary labels do not know.")
+            raise UnsupportedError(
+                "this model adds a position bias to its logits, which the boundary labels do not know."
+            )
         base = BaseMask.build(query.shape[2], key.shape[2], causal=True, window=sliding_window, device=query.device)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         found.append(Recorded(query.detach(), key.detach(), scale, base))
@@ -66,5 +70,7 @@ def record_layers(model: Any, tokens: Tensor) -> Iterator[Recorded]:
         model.set_attn_implementation(before)
         model.train(training)
     if not found:
-        raise ModelError(f"{type(model).__name__} has no attention layer that goes through transformers' attention interface, so its keys cannot be recorded.")
+        raise ModelError(
+            f"{type(model).__name__} has no attention layer that goes through transformers' attention interface, so its keys cannot be recorded."
+        )
     yield from found

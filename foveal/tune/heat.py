@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .table import MISSING, figure, finite
+from .table import figure, finite, small
 
 LEVELS = 24
 """Number of colours of a heat map."""
@@ -66,8 +66,8 @@ def search_heats(search: Mapping[str, Any] | None) -> list[Heat]:
     layers, options = search["layers"], search["options"]
     tried = [{t["option"]: t for t in layer["tried"]} for layer in layers]
     kinds = [
-        ("error", "Output error of one layer", "‖out − dense‖² / ‖dense‖² of the layer's attention output; lower is better."),
-        ("kl", "KL of the logits when only this layer changes", "Nats per token; measured for the most promising options of each layer."),
+        ("error", "Output error of one layer", "‖out − dense‖² / ‖dense‖² of the layer's attention output; lower is better; logarithmic."),
+        ("kl", "KL of the logits when only this layer changes", "Nats per token; measured for the most promising options of each layer; logarithmic."),
     ]  # fmt: skip
     heats = []
     for field, title, note in kinds:
@@ -83,10 +83,10 @@ def search_heats(search: Mapping[str, Any] | None) -> list[Heat]:
                 value = None if trial is None else finite(trial.get(field))
                 cells.append(Cell(level(value), _trial_tip(layer["layer"], option, trial, picked), picked))
             rows.append((option, cells))
-        alt = f"{title}: {len(options)} options by {len(layers)} layers, from {_short(low)} to {_short(high)}; the picked options are in the policy table."
+        alt = f"{title}: {len(options)} options by {len(layers)} layers, from {small(low)} to {small(high)}; the picked options are in the policy table."
         columns = _every(str(layer["layer"]) for layer in layers)
         heats.append(
-            Heat(title, note + " Outlined: picked.", alt, columns, rows, _short(low), _short(high), "layer", "", True)
+            Heat(title, note + " Outlined: picked.", alt, columns, rows, small(low), small(high), "layer", "", True)
         )
     return heats
 
@@ -95,9 +95,9 @@ def _trial_tip(layer: int, option: str, trial: Mapping[str, Any] | None, picked:
     parts = [f"layer {layer}, {option}" + (" (picked)" if picked else "")]
     if trial is None:
         return parts[0] + "\nnot tried"
-    parts.append(f"error {figure(trial.get('error'), '.2e')}")
+    parts.append(f"error {small(trial.get('error'))}")
     if trial.get("kl") is not None:
-        parts.append(f"KL {figure(trial['kl'], '.2e')} nats")
+        parts.append(f"KL {small(trial['kl'])} nats")
     if trial.get("density") is not None:
         parts.append(f"density {figure(trial['density'])}")
     if trial.get("seconds") is not None:
@@ -126,7 +126,7 @@ def profile_heats(profile: Mapping[str, Any] | None) -> list[Heat]:
         return pick
 
     wanted: list[tuple[str, str, Pick, str, str, bool]] = [
-        ("Entropy", "Mean entropy of a row's attention; low means that a few keys hold the mass.", mean("entropy"), ".2f", " nats", False),
+        ("Entropy", "Mean over rows; low where few keys hold the mass.", mean("entropy"), ".2f", " nats", False),
         ("Mass on sinks", f"Share of the mass on the first {sinks} tokens and a learned sink.", mass("sink_mass", "learned_sink_mass"), ".3f", "", False),
         ("Mass on the window", f"Share of the mass on the last {window} tokens.", mass("window_mass"), ".3f", "", False),
         ("Keys that hold 90 %", "Mean number of keys that hold 90 % of a row's mass; logarithmic.", mean("keys90"), ",.0f", " keys", True),
@@ -205,7 +205,3 @@ def _scale(
         return round(min(max(share_of, 0.0), 1.0) * (LEVELS - 1))
 
     return level, low, high
-
-
-def _short(value: float | None) -> str:
-    return MISSING if value is None else figure(value, ".1e")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import DataError, UnsupportedError
-from .labels import FONT, Box, Label, Mark, place_labels, text_width
+from .labels import FONT, Box, Label, Mark, clear_spot, place_labels, text_width
 from .table import figure, finite, interval, ordered, percent
 
 KINDS = {"chosen": "chosen", "allowed": "allowed", "slower than dense": "slower", "over the loss limit": "over"}
@@ -86,7 +87,9 @@ def pareto(
         )
         for speed, loss, bars, kind, name in points
     ]  # fmt: skip
-    limit_label = Label(f"limit {percent(limit)}", frame[0] + 6, to_y(limit) - 5, "limit", None)
+    limit_text, limit_y = f"limit {figure(limit, '.3g', ' %', 100.0)}", to_y(limit) - 5
+    ends = (frame[0] + 6, frame[2] - 6 - text_width(limit_text))
+    limit_label = Label(limit_text, clear_spot(text_width(limit_text), limit_y, ends, marks), limit_y, "limit", None)
     corner = Label("better ↘", frame[2] - 8 - text_width("better ↘"), frame[3] - 8, "corner", None)
     y_title = Label(
         "perplexity increase" + (" while decoding" if what == "decode" else ""),
@@ -95,13 +98,17 @@ def pareto(
         "title",
         None,
     )
-    labels, unlabelled = place_labels(marks, frame, [limit_label, corner, y_title], 100.0 if width > 600 else 48.0)
+    steps = _frontier([(p[0], p[1]) for p in points], to_x, to_y)
+    lines = [(*a, *b) for a, b in pairwise(steps)]
+    lines += [(frame[0], to_y(limit), frame[2], to_y(limit)), (to_x(1.0), frame[1], to_x(1.0), frame[3])]
+    taken = [limit_label, corner, y_title]
+    labels, unlabelled = place_labels(marks, frame, taken, lines, 100.0 if width > 600 else 48.0)
     best = [m for m in marks if m.kind == "chosen"]
     alt = f"{what.capitalize()} speed-up against perplexity increase: {len(points) - 1} candidates and the baseline {name}"
     alt += f"; chosen is {best[0].tip}." if best else "."
     return Plot(
         width, height, frame, f"{what} speed-up over {name}", y_title, x_ticks, y_ticks, to_x(1.0), to_y(limit), limit_label, corner,
-        marks, labels, _frontier([(p[0], p[1]) for p in points], to_x, to_y), bent, unlabelled, undrawn, alt,
+        marks, labels, steps, bent, unlabelled, undrawn, alt,
     )  # fmt: skip
 
 
@@ -155,7 +162,7 @@ def _y_axis(
 
 
 def _tick(loss: float) -> str:
-    return "0" if loss == 0 else figure(loss, "+,.4g", " %", 100.0)
+    return "0" if loss == 0 else figure(loss, "+,.6g", " %", 100.0)
 
 
 def _spaced(ticks: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
@@ -185,7 +192,7 @@ def _frontier(
 
 _INK = {
     "chosen": "#0b7a6b", "allowed": "#0b7a6b", "slower": "#7b8794", "over": "#c2511b", "other": "#7b8794", "baseline": "#1d2730",
-    "limit": "#c2511b", "title": "#1d2730",
+    "limit": "#c2511b", "corner": "#0b7a6b", "title": "#1d2730",
 }  # fmt: skip
 
 
@@ -219,7 +226,7 @@ def pareto_png(results: Mapping[str, Any], path: str | Path) -> None:
         axes.plot(xs, ys, color=color, linewidth=width * point, **style)
 
     def text(label: Label, **style: Any) -> None:
-        ink = _INK.get(label.kind, "#7b8794")
+        ink = "#52606d" if label.kind in ("over", "slower") else _INK.get(label.kind, "#52606d")
         bold = "bold" if label.kind == "chosen" else "normal"
         axes.text(
             label.x,
@@ -242,7 +249,14 @@ def pareto_png(results: Mapping[str, Any], path: str | Path) -> None:
     line([plot.one] * 2, [top, bottom], "#9aa5b1", 1.2)
     line([left, right], [plot.limit] * 2, "#c2511b", 1.2, linestyle=(0, (5, 4)))
     line([p[0] for p in plot.frontier], [p[1] for p in plot.frontier], "#0b7a6b", 1.4, alpha=0.5)
-    axes.text((left + right) / 2, plot.height - 8, plot.x_title, ha="center", fontsize=12.5 * point, color="#1d2730")
+    axes.text(
+        (left + right) / 2,
+        plot.height - 8,
+        f"{plot.x_title}, {results['model']}, {results['context']} tokens, {results['dtype']}",
+        ha="center",
+        fontsize=12.5 * point,
+        color="#1d2730",
+    )
     for label in (plot.y_title, plot.limit_label, plot.corner):
         text(label)
     for mark in plot.marks:
@@ -252,7 +266,17 @@ def pareto_png(results: Mapping[str, Any], path: str | Path) -> None:
                 line(xs, ys, ink, 1.2, alpha=0.45)
         hollow = mark.kind in ("slower", "over", "other")
         shape = {"over": "^", "baseline": "D", "slower": "s"}.get(mark.kind, "o")
-        size = {"chosen": 13, "baseline": 9}.get(mark.kind, 9) * point
+        size = {"chosen": 11}.get(mark.kind, 9) * point
+        if mark.kind == "chosen":
+            axes.plot(
+                [mark.x],
+                [mark.y],
+                "o",
+                color=ink,
+                markersize=20 * point,
+                markerfacecolor="none",
+                markeredgewidth=1.8 * point,
+            )
         axes.plot(
             [mark.x], [mark.y], shape, color=ink, markersize=size, markerfacecolor="white" if hollow else ink, markeredgewidth=1.6 * point,
         )  # fmt: skip

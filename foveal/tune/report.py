@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import DataError, UnsupportedError
 from .heat import DARK, LIGHT, profile_heats, ramp, search_heats
 from .plots import KINDS, pareto, pareto_png
-from .table import GAP, MISSING, decode_gap, figure, finite, interval, needle, ordered, percent, table
+from .table import GAP, MISSING, decode_gap, figure, finite, interval, needle, ordered, percent, small, table
 
 VERSION = 1
 _NEEDED = ("model", "context", "dtype", "baseline", "candidates", "chosen")
@@ -57,7 +57,7 @@ def render(results: Mapping[str, Any]) -> str:
     environment.globals.update(
         figure=figure, percent=percent, finite=finite, interval=interval, needle=needle, decode_gap=decode_gap
     )
-    environment.globals.update(GAP=GAP, MISSING=MISSING, KINDS=KINDS)
+    environment.globals.update(small=small, GAP=GAP, MISSING=MISSING, KINDS=KINDS)
     return environment.get_template("report.html.j2").render(
         r=results,
         chosen=chosen,
@@ -110,7 +110,10 @@ def headline(results: Mapping[str, Any]) -> str:
         limit = results.get("max_ppl_increase")
         within = f" within {percent(limit)} perplexity" if finite(limit) is not None else ""
         return f"Keep dense attention: no candidate was faster{within} at {context}."
-    name = f"the per-layer policy “{chosen['name']}”" if chosen.get("kind") == "per-layer" else chosen["name"]
+    name = chosen["name"]
+    if chosen.get("kind") == "per-layer":
+        only = sum(c.get("kind") == "per-layer" for c in results["candidates"]) == 1
+        name = "the per-layer policy" if only else f"the per-layer policy “{name}”"
     if speed is None:
         gain = "prefill time not measured"
     else:
@@ -127,7 +130,7 @@ def pattern_text(pattern: Any) -> str:
     if isinstance(pattern, Mapping):
         fields = ", ".join(f"{k}={pattern_text(v)}" for k, v in pattern.items() if k != "pattern")
         name = str(pattern.get("pattern", ""))
-        return f"{name}({fields})" if name and fields else name or f"({fields})"
+        return f"{name}({fields})" if name and fields else name or fields.replace("=", " ", 1)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         return "[" + ", ".join(pattern_text(p) for p in pattern) + "]"
     return f"{pattern:g}" if isinstance(pattern, float) else str(pattern)

@@ -47,6 +47,15 @@ def figure(value: Any, spec: str = ".3f", unit: str = "", factor: float = 1.0) -
     return text + unit
 
 
+def small(value: Any) -> str:
+    """A figure that may be tiny: 0.00612, 8.3e−5."""
+    size = abs(finite(value) or 0.0)
+    if 0 < size < 1e-4:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    return figure(value, ".3g" if size < 100 else ",.0f")
+
+
 def percent(value: Any, unit: str = " %") -> str:
     """An increase with its sign: 0.004 is "+0.40 %", 3.2 is "+320 %"; fewer decimals where they say nothing."""
     size = 100 * abs(finite(value) or 0.0)
@@ -102,7 +111,7 @@ def table(results: Mapping[str, Any]) -> Table:
 
     baseline, limit = results["baseline"], results.get("max_ppl_increase")
     shown = Table(
-        title=f"{results['model']} at {results['context']} tokens, {results['dtype']}", title_justify="left", title_style="bold",
+        title=Text(f"{results['model']} at {results['context']} tokens, {results['dtype']}", style="bold"), title_justify="left",
         box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=Text(_caption(results), style="dim"),
     )  # fmt: skip
     shown.add_column("attention", overflow="fold", min_width=14)
@@ -120,7 +129,7 @@ def table(results: Mapping[str, Any]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
     shown.add_row(
-        f"{baseline['name']} (baseline)", MISSING, MISSING, "1.00", "1.00", "1.00", "0", "0", "0", needle(baseline), "", style="bold",
+        Text(f"{baseline['name']} (baseline)"), MISSING, MISSING, "1.00", "1.00", "1.00", "0", "0", "0", needle(baseline), "", style="bold",
         end_section=True,
     )  # fmt: skip
     for candidate in ordered(results):
@@ -138,7 +147,7 @@ def table(results: Mapping[str, Any]) -> Table:
                 percent(candidate.get("decode_ppl_increase"), "") + (GAP if decode_gap(candidate) else ""),
                 high=limit,
             ),
-            figure(candidate.get("kl"), ".1e"),
+            small(candidate.get("kl")),
             MISSING if candidate.get("needle") == "uninformative" else needle(candidate),
             Text(_SHORT.get(verdict, verdict)),
             style=_STYLE.get(verdict, ""),
@@ -161,7 +170,7 @@ def _caption(results: Mapping[str, Any]) -> str:
     lines = [
         f"Baseline {baseline['name']}: prefill {figure(baseline.get('prefill_s'), '.3g')} s, decode {figure(baseline.get('decode_tok_s'), '.3g')} "
         f"tokens/s, peak {figure(baseline.get('peak_mb'), ',.0f')} MB, perplexity {figure(baseline.get('ppl'), '.4g')} (decode "
-        f"{figure(baseline.get('decode_ppl'), '.4g')}). Limit {percent(results.get('max_ppl_increase'))}.",
+        f"{figure(baseline.get('decode_ppl'), '.4g')}). Limit {figure(results.get('max_ppl_increase'), '.3g', ' %', 100.0)}.",
     ]
     if any(decode_gap(c) for c in results["candidates"]):
         lines.append(f"{GAP} decode and teacher-forced loss differ by more than their intervals.")

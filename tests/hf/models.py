@@ -36,7 +36,6 @@ class Family:
         layers: self-attention layers that foveal must count.
         cache: whether the model generates with a key-value cache.
         rolls: whether ``generate`` may keep only a window of keys for some layers.
-        packs: whether position_ids that reset are honoured as packed documents.
     """
 
     build: Callable[[], tuple[type, Any]]
@@ -44,7 +43,6 @@ class Family:
     layers: int = LAYERS
     cache: bool = True
     rolls: bool = False
-    packs: bool = True
 
 
 def _clip() -> tuple[type, Any]:
@@ -170,8 +168,8 @@ FAMILIES: dict[str, Family] = {
         lambda: (hf.Dinov2Model, hf.Dinov2Config(**{k: v for k, v in _IMAGE.items() if k != "intermediate_size"})), "vision", cache=False
     ),
     "clip_vision": Family(lambda: (hf.CLIPVisionModel, hf.CLIPVisionConfig(**_IMAGE)), "vision", cache=False),
-    "bart": Family(_bart, "encoder-decoder", layers=5, packs=False),
-    "whisper": Family(_whisper, "encoder-decoder", layers=5, packs=False),
+    "bart": Family(_bart, "encoder-decoder", layers=5),
+    "whisper": Family(_whisper, "encoder-decoder", layers=5),
     "clip": Family(_clip, "vision-language", cache=False),
     "gemma3_vision": Family(_gemma3_vision, "vision-language", rolls=True),
 }

@@ -40,3 +40,40 @@ class Reading(Pattern):
 def reading(how_far: str) -> Reading:
     """The pattern for one degree of look-ahead."""
     return Reading(how_far)  # type: ignore[arg-type]
+
+
+SMALL = 4
+
+
+@dataclass(frozen=True)
+class BlockSums(Pattern):
+    """Each row keeps its own block of four keys and the earlier block whose keys sum to the best match.
+
+    The sums are the state: with ``remember`` they grow with the cache, without it they are computed from all keys each
+    time. Both must choose alike, whatever happens to the cache in between.
+    """
+
+    registered_name: ClassVar[str] = "test_block_sums"
+    log: ClassVar[list[str]] = []
+    remember: bool = True
+
+    def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
+        blocks = -(-k.shape[2] // SMALL)
+        full = k.new_zeros(*k.shape[:2], blocks, k.shape[-1])
+        known = 0
+        if state is not None and self.remember:
+            old, known = state
+            full[:, :, : old.shape[2]] = old
+        self.log.append("continued" if known else "rebuilt")
+        full.index_add_(2, torch.arange(known, k.shape[2]) // SMALL, k[:, :, known:])
+        group = q.shape[1] // k.shape[1]
+        own = torch.arange(ctx.base.q_len) + ctx.base.shift
+        score = q.unflatten(1, (-1, group)).sum(2) @ full.mT  # (B, Hkv, Nq, blocks)
+        earlier = torch.arange(blocks) < (own // SMALL)[:, None]
+        best = score.masked_fill(~earlier, -torch.inf).argmax(-1, keepdim=True)
+        inside = torch.arange(SMALL)
+        far = (best * SMALL + inside).where(earlier.any(-1)[:, None], -1)
+        near = ((own // SMALL * SMALL)[:, None] + inside).expand_as(far)
+        near = near.where(near <= own[:, None], -1)
+        state = (full, k.shape[2]) if self.remember else None
+        return KeySelection(torch.cat([near, far], -1), 1), state

@@ -25,7 +25,7 @@ from .patterns import reading
 
 families = pytest.mark.parametrize("name", FAMILIES)
 decoders = pytest.mark.parametrize("name", DECODERS)
-TOLERANCE = 2e-5  # of the larger of 1 and the value; the models' logits are of size 1 to 20
+TOLERANCE = 5e-5  # of the larger of 1 and the value; the models' logits are of size 1 to 20
 
 
 def run(model: Any, pattern: Any, impl: str = "auto", **arguments: Any) -> Tensor:
@@ -262,7 +262,7 @@ def test_the_same_policy_twice_and_detached_handles() -> None:
         assert torch.equal(output(model, **given), two)
         first.detach()
         assert torch.equal(output(model, **given), dense)
-    with pytest.raises(ConfigError, match="detached; call foveal.attach"), first:
+    with pytest.raises(ConfigError, match=r"detached; call foveal\.attach"), first:
         pass
 
 
@@ -304,7 +304,7 @@ def test_a_copy_made_while_attached_says_what_is_wrong() -> None:
         twin._forward_hooks.clear()
         twin._forward_pre_hooks.clear()
         x = torch.zeros(1, 3, models.HIDDEN)
-        with pytest.raises(UnsupportedError, match="LlamaAttention runs foveal's attention but no foveal.attach"):
+        with pytest.raises(UnsupportedError, match="LlamaAttention runs foveal's attention but no"):
             twin(x, (torch.ones(1, 3, 8), torch.zeros(1, 3, 8)), None)
 
 

@@ -19,9 +19,9 @@ from foveal.patterns import Dense, SlidingWindow
 
 from ..support import assert_close
 from . import models
-from .models import DECODERS, FAMILIES, build, inputs, output, tokens
+from .models import DECODERS, FAMILIES, build, output, tokens
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 NEWER = "q_length" in inspect.signature(host.sdpa_mask).parameters  # transformers 5.17 and later
 
 
@@ -30,7 +30,7 @@ def positions(q_len: int, q_offset: int) -> dict[str, Any]:
     return {"q_length": q_len, "q_offset": q_offset} if NEWER else {"cache_position": torch.arange(q_len) + q_offset}
 
 
-def theirs(q_len: int, kv_len: int, q_offset: int, kv_offset: int, fn: Callable[..., Any], padding: Tensor | None, batch: int, scalar: bool) -> Tensor:  # fmt: skip # noqa: E501
+def theirs(q_len: int, kv_len: int, q_offset: int, kv_offset: int, fn: Callable[..., Any], padding: Tensor | None, batch: int, scalar: bool) -> Tensor:  # fmt: skip
     """``(B, Nq, Nk)`` bool, built by transformers."""
     mask = host.sdpa_mask(
         batch_size=batch, kv_length=kv_len, kv_offset=kv_offset, mask_function=fn, attention_mask=padding,
@@ -140,7 +140,8 @@ def test_no_mask_of_n_by_n_is_ever_built() -> None:
     pads[1, :7] = False
     mask = make(n, n, attention_mask=pads)
     assert mask.shape == (2, 1, n, n)
-    assert mask.untyped_storage().nbytes() == 1
+    with torch._C.DisableTorchFunctionSubclass():
+        assert mask.untyped_storage().nbytes() == 1
     base = mask.base
     stored = sum(t.numel() * t.element_size() for t in (base.lo, base.hi, base.rank, base.valid) if t is not None)
     assert stored < 64 * n
@@ -159,7 +160,8 @@ def test_the_host_mask_looks_like_a_tensor_to_generate() -> None:
     cut = mask[:, :, :, :9]
     assert cut.shape == (2, 1, 12, 9)
     assert torch.equal(cut.base.dense(2), mask.base.dense(2)[:, :, :9])
-    assert torch.equal(cut.rebuild("sdpa")[:, 0], mask.base.dense(2)[:, :, :9])
+    assert torch.equal(cut.rebuild("eager")[:, 0] == 0, mask.base.dense(2)[:, :, :9])
+    assert cut.rebuild("sdpa") is None, "sdpa relies on is_causal here"
     assert mask[:, :, :, :12] is mask
 
 
@@ -212,7 +214,9 @@ def test_padding_is_honoured_as_eager_honours_it(name: str, side: str) -> None:
         with foveal.attach(model, Dense()):
             got = output(model, **given)
     assert_close(got[real], expected[real], TOLERANCE, name)
-    assert (output(model, **given | {"attention_mask": torch.ones_like(mask)})[real] - expected[real]).abs().max() > 0.01
+    if side == "left" or FAMILIES[name].kind != "decoder":
+        unmasked = output(model, **given | {"attention_mask": torch.ones_like(mask)})
+        assert (unmasked[real] - expected[real]).abs().max() > 0.01, "this padding hides nothing"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -231,12 +235,27 @@ def test_padded_rows_equal_the_rows_alone_under_a_pattern(name: str, side: str) 
 # --- packed documents -------------------------------------------------------------------------------------------------
 
 
+LEAKING = ("opt", "gpt_oss")
+"""Families that do not tell transformers' mask function their position_ids, so that packed documents see each other."""
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_documents_are_honoured_exactly_where_eager_honours_them(name: str) -> None:
+    model, given = build(name), packed_inputs((9, 1, 14)) | {"use_cache": False}
+    alone = given["input_ids"][:, 10:]
+    with torch.no_grad():
+        expected = output(model, **given)
+        assert ((output(model, input_ids=alone) - expected[:, 10:]).abs().max() > 0.1) == (name in LEAKING)
+        with foveal.attach(model, Dense()):
+            assert_close(output(model, **given), expected, TOLERANCE, name)
+
+
 def packed_inputs(lengths: tuple[int, ...]) -> dict[str, Tensor]:
     return {"input_ids": tokens(1, sum(lengths)), "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
 
 
 @pytest.mark.parametrize("pattern", [Dense(), SlidingWindow(window=3, sinks=2)], ids=str)
-@pytest.mark.parametrize("name", [n for n in DECODERS if FAMILIES[n].packs])
+@pytest.mark.parametrize("name", [n for n in DECODERS if n not in LEAKING])
 def test_packed_documents_equal_separate_ones_without_a_cache(name: str, pattern: Any) -> None:
     model, lengths = build(name), (9, 1, 14)
     given = packed_inputs(lengths)
@@ -293,9 +312,8 @@ def test_a_four_dimensional_mask_per_head_is_honoured_when_the_heads_agree() -> 
 def test_a_mask_that_adds_other_numbers_is_refused(number: float) -> None:
     mask = own_mask("inf")
     mask[1, 0, 7, 2] = number
-    with torch.no_grad(), foveal.attach(build("llama"), Dense()) as handle:
-        with pytest.raises(UnsupportedError, match="adds numbers other than 0 and −inf"):
-            handle.model(input_ids=tokens(2, 12), attention_mask=mask)
+    with foveal.attach(build("llama"), Dense()) as handle, pytest.raises(UnsupportedError, match="adds numbers other than 0 and"):
+        handle.model(input_ids=tokens(2, 12), attention_mask=mask)
 
 
 def test_a_four_dimensional_mask_of_the_wrong_shape_is_refused() -> None:

@@ -51,9 +51,14 @@ def looped(pattern, q, k, causal=True):
             if seen[c] and (block[0] < pattern.sinks or (block[-1] > first - pattern.local and block[0] <= rows[-1]))
         }
         total = sum(seen)
-        room = total * pattern.budget.density if pattern.budget.density else min(total, pattern.budget.tokens * len(rows))
+        room = (
+            total * pattern.budget.density if pattern.budget.density else min(total, pattern.budget.tokens * len(rows))
+        )
         room -= sum(seen[c] for c in forced)
-        ranked = sorted((c for c in range(len(blocks)) if seen[c] and c not in forced), key=lambda c: -float(mean_q @ k[b, h // group, blocks[c]].mean(0)))
+        ranked = sorted(
+            (c for c in range(len(blocks)) if seen[c] and c not in forced),
+            key=lambda c: -float(mean_q @ k[b, h // group, blocks[c]].mean(0)),
+        )
         slack = 0.5 if pattern.budget.density else 0.0
         for c in ranked:
             if seen[c] * (1 - slack) > room + 1e-9:
@@ -67,7 +72,9 @@ def looped(pattern, q, k, causal=True):
 
 @pytest.mark.parametrize("budget", [Budget(tokens=40), Budget(density=0.35)])
 @pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize(("q_block", "kv_block", "sinks", "local"), [(32, 16, 4, 1), (16, 16, 0, 24), (16, 32, 20, 0), (1, 8, 1, 1)])
+@pytest.mark.parametrize(
+    ("q_block", "kv_block", "sinks", "local"), [(32, 16, 4, 1), (16, 16, 0, 24), (16, 32, 20, 0), (1, 8, 1, 1)]
+)
 def test_choice_equals_a_loop(budget, per_head, q_block, kv_block, sinks, local):
     pattern = BlockTopK(budget, q_block, kv_block, sinks, local, per_head)
     q, k = tensors(length=101 if q_block > 1 else 40)
@@ -77,7 +84,10 @@ def test_choice_equals_a_loop(budget, per_head, q_block, kv_block, sinks, local)
 @pytest.mark.parametrize("budget", [Budget(tokens=150), Budget(tokens=10_000), Budget(density=1.0), Budget(mass=1.0)])
 def test_full_budget_is_dense(budget):
     q, k = tensors()
-    assert torch.equal(pairs(BlockTopK(budget, 32, 16), q, k)[0], BaseMask.build(150, 150, causal=True).dense(2)[:, None].expand(-1, 4, -1, -1))
+    assert torch.equal(
+        pairs(BlockTopK(budget, 32, 16), q, k)[0],
+        BaseMask.build(150, 150, causal=True).dense(2)[:, None].expand(-1, 4, -1, -1),
+    )
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.6, 0.95])
@@ -155,7 +165,9 @@ def decode_loop(pattern, q, k, b, h):
     sinks = set(range(min(pattern.sinks, tail)))
     target = pattern.budget.density * n if pattern.budget.density else min(pattern.budget.tokens, n)
     room = (target - (n - tail) - len(sinks)) / size + (0.5 if pattern.budget.density else 0)
-    ranked = sorted(range(tail // size), key=lambda c: -float(one @ k[b, h // group, c * size : (c + 1) * size].mean(0)))
+    ranked = sorted(
+        range(tail // size), key=lambda c: -float(one @ k[b, h // group, c * size : (c + 1) * size].mean(0))
+    )
     kept = sinks | set(range(tail, n))
     for c in ranked[: max(0, math.floor(room + 1e-9))]:
         kept |= set(range(c * size, (c + 1) * size))
@@ -339,12 +351,20 @@ def test_gather_equals_reference(budget):
     pattern = BlockTopK(budget, 32, 16)
     for rows in (130, 1):
         args = q[:, :, -rows:], k, k.flip(-1), pattern
-        torch.testing.assert_close(foveal.attention(*args, causal=True, impl="gather"), foveal.attention(*args, causal=True, impl="reference"))
+        torch.testing.assert_close(
+            foveal.attention(*args, causal=True, impl="gather"), foveal.attention(*args, causal=True, impl="reference")
+        )
 
 
 def test_json_and_messages():
     pattern = BlockTopK(Budget(mass=0.9), q_block=64, per_head=False)
     assert Pattern.from_json(json.loads(json.dumps(pattern.to_json()))) == pattern and hash(pattern)
-    for field, value in (("q_block", 0), ("sinks", -1), ("per_head", "yes"), ("Budget", {"tokens": 1, "mass": 0.5}), ("kv_blok", 3)):
+    for field, value in (
+        ("q_block", 0),
+        ("sinks", -1),
+        ("per_head", "yes"),
+        ("Budget", {"tokens": 1, "mass": 0.5}),
+        ("kv_blok", 3),
+    ):
         with pytest.raises(ConfigError, match=field):
             Pattern.from_json({"pattern": "block_topk", "budget": {"tokens": 8}, field.lower(): value})

@@ -1,0 +1,227 @@
+"""Which tiles ``gather`` computes for a ``BlockMask`` (or for no mask at all), as a plan for ``kernels.ragged``.
+
+Tile rows with equally many whole and cut tiles run together, so that no row is padded to another's length. A tile is
+*whole* when mask and model allow all of it, and is then never masked. What a cut tile hides is evaluated once per
+distinct tile: the diagonal of a causal model is the same for every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import noop_mask
+
+from ..core.base_mask import FULL, PARTIAL, BaseMask, Predicate
+from ..core.errors import ShapeError
+from ..core.layouts import BlockMask, block_mask_kinds
+from .call import AttentionCall, relative_index
+from .ragged import Batch, Plan, split_rows
+
+DENSE_BLOCK = 128
+TABLE_TILES = 4
+"""Cut tiles kept evaluated, per tile row of the call; beyond that they are evaluated batch by batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """What one condition (the model's or the mask's) hides inside tiles.
+
+    Attributes:
+        mod: the condition. per_batch, per_head: whether it reads these indices.
+        table: ``(T + 1, q_block, kv_block)`` bool of distinct tiles, True hides; the last entry hides nothing. None: evaluate.
+        slot: ``(B or 1, H or 1, nqb, nkb)`` index into ``table``.
+        active: ``(B or 1, H or 1, nqb, nkb)`` bool, the tiles in which the condition decides.
+    """
+
+    mod: Predicate
+    active: Tensor
+    per_batch: bool
+    per_head: bool
+    table: Tensor | None = None
+    slot: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Everything about the tiles of one call that does not depend on q, k, v.
+
+    Attributes:
+        size: ``(q_block, kv_block)``. shared: query heads of a key head agree, so a tile is gathered once for all of them.
+        rows: ``(T,)`` tile rows ``(b · row_heads + h) · nqb + u``, sorted by (whole, cut).
+        order: ``(T, nkb)`` key tiles of these rows, whole ones first, then cut ones.
+        runs: ``(whole, cut, start, end)`` of every group of rows.
+        cuts: the conditions that cut tiles.
+    """
+
+    size: tuple[int, int]
+    shared: bool
+    rows: Tensor
+    order: Tensor
+    runs: list[tuple[int, int, int, int]]
+    cuts: list[_Cut]
+
+
+def block_size(call: AttentionCall, mask: BlockMask | None) -> tuple[int, int]:
+    """Rows and keys per tile."""
+    if mask is not None:
+        return mask.BLOCK_SIZE
+    q_len = call.base.q_len
+    return (DENSE_BLOCK if q_len >= DENSE_BLOCK else 1 << max(q_len - 1, 0).bit_length(), DENSE_BLOCK)
+
+
+def block_plan(call: AttentionCall, mask: BlockMask | None, budget: int) -> Plan:
+    """The plan over q, k, v padded to whole tiles and flattened to rows; ``budget`` is in score elements per batch.
+
+    The last mask's tiles are remembered in ``call.base``: layers that share a mask and backward do not repeat the work.
+    """
+    memo = ("gather tiles", call.q.shape[0], call.q.shape[1], call.k.shape[1])
+    found = call.base.cache.get(memo)
+    if found is None or found[0] is not mask:
+        call.base.cache[memo] = found = (mask, _tiles(call, mask))
+    tiles: _Tiles = found[1]
+    reads = sum((whole + cut) * (end - start) for whole, cut, start, end in tiles.runs) * tiles.size[1]
+    return Plan(lambda: _batches(call, tiles, budget), *tiles.size, key_reads=reads)
+
+
+def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
+    base = call.base
+    batch, heads, kv_heads, group = call.q.shape[0], call.q.shape[1], call.k.shape[1], call.groups
+    q_block, kv_block = size = block_size(call, mask)
+    allowed = base.block_map(q_block, kv_block)[:, None]
+    kinds = allowed if mask is None else _mask_kinds(mask, base)
+    joint = torch.minimum(kinds, allowed)
+    past_end = torch.zeros_like(allowed[:1], dtype=torch.bool)
+    if base.kv_len % kv_block:
+        past_end[..., -1] = True  # keys past the end live in the last tile
+        joint = joint.clamp(max=torch.where(past_end, PARTIAL, FULL).to(joint.dtype))
+    nqb, nkb = joint.shape[2:]
+    joint = joint.expand(batch, -1, -1, -1)
+    grouped = joint.view(batch, kv_heads, group, nqb, nkb) if joint.shape[1] > 1 else joint[:, :, None]
+    shared = group > 1 and (joint.shape[1] == 1 or bool((grouped == grouped[:, :, :1]).all()))
+    if shared:
+        per_row = grouped[:, :, 0].expand(batch, kv_heads, nqb, nkb).reshape(-1, nkb)
+    else:
+        per_row = joint.expand(batch, heads, nqb, nkb).reshape(-1, nkb)
+    code = (per_row == FULL).sum(-1) * (nkb + 1) + (per_row == PARTIAL).sum(-1)
+    rows = torch.argsort(code, stable=True)
+    order = torch.argsort(per_row[rows], dim=-1, descending=True, stable=True)
+    values, counts = torch.unique_consecutive(code[rows], return_counts=True)
+    runs, start = [], 0
+    for value, count in torch.stack([values, counts], -1).tolist():
+        if value:
+            runs.append((*divmod(value, nkb + 1), start, start + count))
+        start += count
+    return _Tiles(size, shared, rows, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end))
+
+
+def _mask_kinds(mask: BlockMask, base: BaseMask) -> Tensor:
+    if tuple(mask.seq_lengths) != (base.q_len, base.kv_len):
+        raise ShapeError(
+            f"the BlockMask was made for (q_len, kv_len) = {tuple(mask.seq_lengths)}; expected {(base.q_len, base.kv_len)}. "
+            "Build it for these lengths, or pass a Pattern, which follows the length."
+        )
+    return block_mask_kinds(mask)
+
+
+# --- what cut tiles hide -------------------------------------------------------------------------------------------
+
+
+def _cuts(call: AttentionCall, mask: BlockMask | None, kinds: Tensor, allowed: Tensor, joint: Tensor, past_end: Tensor) -> list[_Cut]:
+    base, size = call.base, block_size(call, mask)
+    out = []
+    model = (allowed == PARTIAL) | past_end
+    if bool(model.any()):
+        out.append(_cut(call, base.mask_mod(), model, (joint == PARTIAL) & model, size))
+    if mask is not None and mask.mask_mod is not noop_mask:
+        own = kinds == PARTIAL  # whole tiles never ask the mask's own mask_mod
+        if bool((own & (joint > 0)).any()):
+            out.append(_cut(call, mask.mask_mod, own, own & (joint > 0), size))
+    return out
+
+
+def _cut(call: AttentionCall, mod: Predicate, active: Tensor, used: Tensor, size: tuple[int, int]) -> _Cut:
+    """``active``: where the condition decides; ``used``: the same, restricted to tiles that are computed at all."""
+    batch, heads = call.q.shape[:2]
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=active.device)
+    b, h = (torch.arange(n, device=active.device) for n in (batch, heads))
+    probe = mod(b[:, None, None, None], h[None, :, None, None], one, one)
+    per_batch = batch > 1 and probe.dim() == 4 and probe.shape[0] > 1
+    per_head = heads > 1 and probe.dim() == 4 and probe.shape[1] > 1
+    cut = _Cut(mod, active, per_batch, per_head)
+    used = used.expand(batch if per_batch else used.shape[0], heads if per_head else used.shape[1], -1, -1)
+    if not per_batch:
+        used = used.any(0, keepdim=True)
+    if not per_head:
+        used = used.any(1, keepdim=True)
+    where = used.nonzero()
+    total = where.shape[0]
+    if total > TABLE_TILES * batch * active.shape[2]:
+        return cut
+    slot = torch.full(used.shape, total, dtype=torch.long, device=active.device)
+    slot[used] = torch.arange(total, device=active.device)
+    table = torch.zeros(total + 1, *size, dtype=torch.bool, device=active.device)
+    for part in torch.arange(total, device=active.device).split(max(1, (1 << 20) // (size[0] * size[1]))):
+        bb, hh, u, t = (i[:, None, None] for i in where[part].unbind(-1))
+        table[part] = _hidden(call.base, mod, bb, hh, u, t, size).expand(-1, *size)
+    return _Cut(mod, active, per_batch, per_head, table, slot)
+
+
+def _hidden(base: BaseMask, mod: Predicate, b: Tensor, h: Tensor, u: Tensor, t: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pairs that ``mod`` hides in tiles: index tensors ``(..., 1, 1)`` give ``(..., q_block, kv_block)``; keys past the end are hidden."""
+    q = u * size[0] + torch.arange(size[0], device=u.device)[:, None]
+    k = t * size[1] + torch.arange(size[1], device=u.device)
+    hidden = ~mod(b, h, q.clamp(max=base.q_len - 1), k.clamp(max=base.kv_len - 1))
+    return hidden | (k >= base.kv_len) if base.kv_len % size[1] else hidden
+
+
+def _hide(call: AttentionCall, tiles: _Tiles, b: Tensor, h: Tensor, u: Tensor, t: Tensor) -> Tensor | None:
+    """``(R, G or 1, q_block, cut tiles, kv_block)``: what is hidden; ``b, h, u`` ``(R, G or 1, 1)``, ``t`` ``(R, 1, cut tiles)``."""
+    hidden = None
+    for cut in tiles.cuts:
+        bb = b if cut.per_batch else torch.zeros_like(b)
+        hh = h if cut.per_head else torch.zeros_like(h[:, :1])
+        if cut.table is not None and cut.slot is not None:
+            part = cut.table[cut.slot[bb[:, : hh.shape[1]], hh, u[:, : hh.shape[1]], t]]
+        else:
+            every = [i[..., None, None] for i in (b[:, : hh.shape[1]], hh, u[:, : hh.shape[1]], t)]
+            part = _hidden(call.base, cut.mod, *every, tiles.size)
+            active = cut.active
+            on = active[b[:, :1] if active.shape[0] > 1 else 0, h if active.shape[1] > 1 else 0, u[:, :1], t]
+            part = part & on[..., None, None]
+        hidden = part if hidden is None else hidden | part
+    return None if hidden is None else hidden.transpose(2, 3)
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]:
+    base, device = call.base, call.q.device
+    q_block, kv_block = tiles.size
+    heads, kv_heads, group = call.q.shape[1], call.k.shape[1], call.groups
+    nqb, nkb = -(-base.q_len // q_block), tiles.order.shape[1]
+    row_heads, per_row = (kv_heads, group) if tiles.shared else (heads, 1)
+    u, bh = tiles.rows % nqb, torch.div(tiles.rows, nqb, rounding_mode="floor")
+    b, h = torch.div(bh, row_heads, rounding_mode="floor"), bh % row_heads
+    head = (h * per_row)[:, None] + torch.arange(per_row, device=device)  # (T, G) query heads
+    q_rows = ((b * heads)[:, None] + head) * nqb + u[:, None]
+    k_first = (b * kv_heads + (h if tiles.shared else torch.div(h, group, rounding_mode="floor"))) * nkb
+    for whole, cut, start, end in tiles.runs:
+        count = whole + cut
+        for part in split_rows(end - start, per_row * q_block * count * kv_block, budget):
+            at = slice(start + part.start, start + part.stop)
+            index = tiles.order[at, :count]
+            hide = bias = None
+            if cut:
+                last = index[:, None, whole:]
+                hidden = _hide(call, tiles, b[at, None, None].expand(-1, per_row, 1), head[at, :, None], u[at, None, None].expand(-1, per_row, 1), last)
+                hide = None if hidden is None else (whole * kv_block, hidden)
+            if call.bias is not None:
+                q_pos = u[at, None, None, None, None] * q_block + torch.arange(q_block, device=device)[:, None, None]
+                k_pos = (index[:, :, None] * kv_block + torch.arange(kv_block, device=device))[:, None, None]
+                column = relative_index(call, q_pos, k_pos) + head[at, :, None, None, None] * call.bias.shape[1]
+                bias = column.reshape(index.shape[0], per_row * q_block, -1)
+            yield Batch(q_rows[at], k_first[at, None] + index, hide, bias)
