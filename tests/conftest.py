@@ -9,7 +9,12 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "foveal", deadline=None, derandomize=True, database=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+    "foveal",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("foveal")
 

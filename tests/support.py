@@ -118,7 +118,13 @@ def context(host: Host, scale: float | None = None, **extra: Any) -> SelectConte
 
 
 def tensors(
-    host: Host, heads: int = 4, kv_heads: int = 2, dim: int = 8, dim_v: int = 6, seed: int = 0, dtype: torch.dtype = torch.float64
+    host: Host,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    dim_v: int = 6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random q, k, v; later tokens do not change earlier ones' values."""
     make = torch.Generator().manual_seed(seed)
@@ -128,7 +134,14 @@ def tensors(
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, host: Host, impl: str = "gather", scale: float | None = None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout | None,
+    host: Host,
+    impl: str = "gather",
+    scale: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` of one implementation under a host's mask."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -248,4 +261,6 @@ def assert_close(got: Tensor, expected: Tensor, atol: float = 1e-10, what: str =
     assert not got.isnan().any(), f"{what}: NaN"
     same = (got == expected) | ((got.double() - expected.double()).abs() <= atol * expected.double().abs().clamp(min=1))
     worst = (got.double() - expected.double()).abs().nan_to_num(0).max() if got.numel() else 0.0
-    assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} values differ, by up to {float(worst):.3g}"
+    assert bool(same.all()), (
+        f"{what}: {int((~same).sum())} of {same.numel()} values differ, by up to {float(worst):.3g}"
+    )

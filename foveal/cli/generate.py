@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +62,12 @@ def generate(
 
     model: Any = loaded.model
     given = torch.tensor([ids], device=model.device)
-    config = (
-        GenerationConfig.from_model_config(model.config) if model.generation_config is None else model.generation_config
-    )
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    sampling |= {"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
+    config = copy.deepcopy(model.generation_config or GenerationConfig.from_model_config(model.config))
+    config.max_new_tokens, config.max_length, config.do_sample = max_new_tokens, None, temperature > 0
+    config.temperature, config.top_p, config.top_k = (temperature, 1.0, 0) if temperature > 0 else (None, None, None)
     if config.pad_token_id is None:
         stop = config.eos_token_id
-        sampling["pad_token_id"] = stop[0] if isinstance(stop, list) else stop
+        config.pad_token_id = stop[0] if isinstance(stop, list) else stop
     clock = Clock(loaded.tokenizer)
     attached: Any = contextlib.nullcontext()
     if policy is not None:
@@ -83,7 +82,6 @@ def generate(
             generation_config=config,
             streamer=clock,
             logits_processor=LogitsProcessorList([Finite()]),
-            **sampling,
         )
     made = out[0, len(ids) :]
     note(_summary(len(ids), clock.times, policy))

@@ -86,16 +86,18 @@ def inspect(
 
 def render_heads(layer: LayerProfile) -> Table:
     """One row per head: where its mass goes, and how concentrated it is, with half of the 95 % interval where sampled."""
+    from rich import box
     from rich.table import Table
 
     table = Table(
+        box=box.SIMPLE_HEAD,
         title=f"Layer {layer.layer_index}, {layer.num_heads} heads on {layer.num_kv_heads} key heads, {layer.kv_len} tokens",
         caption=(
             f"sinks: first {layer.sinks} tokens; window: last {layer.window} tokens; keys 90 %: keys that hold 90 % of a row's "
-            f"mass; {layer.rows.drawn} rows sampled, ± is half of the 95 % interval."
+            f"mass; share: of the keys it may see; {layer.rows.drawn} rows sampled, ± is half of the 95 % interval."
         ),
     )
-    for name in ("head", "sinks", "window", "rest", "distance", "entropy", "keys 90 %", "of allowed", "kind"):
+    for name in ("head", "sinks", "window", "rest", "distance", "entropy", "keys 90 %", "share", "kind"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for h in range(layer.num_heads):
 

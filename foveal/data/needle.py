@@ -81,7 +81,8 @@ def build(
         length: tokens of the context together with the longest question and its answer; never exceeded.
         depths: from 0 (beginning) to 1 (end); each needle goes to the nearest end of a sentence.
         seed: chooses subjects and codes.
-        chat: use the tokenizer's chat template; None: where it has one.
+        chat: ask in the tokenizer's chat template, the answer's sentence begun; False: a new paragraph of the text
+            begins the sentence again; None: the template where there is one.
 
     Raises:
         ConfigError: a depth out of range, more depths than kinds, a ``length`` too short, no chat template.
@@ -166,13 +167,13 @@ def retrieve(model: PreTrainedModel, needles: Needles, cache: Any = None) -> tup
 
 def _frame(tokenizer: PreTrainedTokenizerBase, subjects: list[str], chat: bool | None) -> tuple[Tensor, list[str]]:
     """What stands before the haystack (ids), and for each subject what stands after it, up to where the answer begins."""
-    asked = [f"What is {x}?" for x in subjects]
     begun = [f"{_capital(x)} is" for x in subjects]
     template = getattr(tokenizer, "chat_template", None)
     if chat and not template:
         raise ConfigError("chat=True, but this tokenizer has no chat template; use chat=False.")
     if not (template if chat is None else chat):
-        return prefix(tokenizer), [f"\n\nQuestion: {q}\nAnswer: {a}" for q, a in zip(asked, begun, strict=True)]
+        return prefix(tokenizer), [f"\n\n{text}" for text in begun]
+    asked = [f"What is {x}?" for x in subjects]
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{_HAY}\n\n{q}"}], tokenize=False, add_generation_prompt=True

@@ -79,12 +79,14 @@ class Forward:
     Attributes:
         selections: what layers decided so far. calls: attention calls so far, where layers share a module.
         positions: position ids that the innermost model was given.
+        checkpointed: whether backward will run the layers again.
         tensors: the caller's own 4-D masks, read once for all layers.
     """
 
     selections: dict[int, Selection] = field(default_factory=dict)
     calls: int = 0
     positions: Tensor | None = None
+    checkpointed: bool = False
     tensors: dict[tuple[int, ...], tuple[Tensor, BaseMask]] = field(default_factory=dict)
 
     def read_tensor(self, mask: Tensor, q_len: int, kv_len: int, shift: int, cross: bool) -> BaseMask:

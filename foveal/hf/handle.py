@@ -164,7 +164,7 @@ class Handle:
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise UnsupportedError(OUTPUT_ATTENTIONS)
         if self._depth == 0:
-            self.forward = Forward()
+            self.forward = Forward(checkpointed=recompute.checkpoints_layers(self.model))
             self.surroundings.clear()
             if not hasattr(_running, "stack"):
                 _running.stack = []
@@ -231,7 +231,7 @@ class Handle:
     def watch_recompute(self, module: nn.Module) -> None:
         """Remember modules that backward may run again, and refuse when it does so under another handle than the forward's."""
         if not recompute.in_backward():
-            if recompute.may_be_recomputed(self.model):
+            if self.forward.checkpointed or (module.training and recompute.inside_checkpoint()):
                 self._recomputable.add(module)
         elif module not in self._recomputable and any(module in other._recomputable for other in _attached(module)):
             raise recompute.refuse(self.sites[module].name, "under another foveal.attach(...) than the one its forward ran in")

@@ -56,6 +56,10 @@ class HostMask(torch.Tensor):
         """Itself: it follows the tensors it meets."""
         return self
 
+    def detach(self) -> HostMask:
+        """Itself: reentrant checkpointing detaches what it hands to the recomputation."""
+        return self
+
     def __getitem__(self, index: Any) -> HostMask:
         """Only a cut of the last keys, ``[:, :, :, :n]``, which some models make."""
         everything = slice(None)
@@ -77,16 +81,23 @@ class HostMask(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name in _LOOKS or torch._guards.TracingContext.try_get() is not None:
+        tracing = torch._guards.TracingContext.try_get() is not None  # torch.compile looks at everything
+        if name in _LOOKS or tracing:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                result = func(*args, **(kwargs or {}))
+            if tracing or result is args[0] or not isinstance(result, Tensor):
+                return result
         raise UnsupportedError(
             f"an attention that is not foveal's received foveal's mask (in {name}). Most often a checkpointed forward is recomputed by "
             "backward() after its `with foveal.attach(...)` block has ended, which would give wrong gradients: call backward() inside the block."
         )
 
 
-_LOOKS = {"__get__", "__set__", "dim", "size", "stride", "numel", "ndimension", "__repr__", "__len__", "is_floating_point", "data_ptr", "__hash__", "as_subclass", "is_complex", "requires_grad_", "detach"}  # fmt: skip
+_LOOKS = {
+    "__get__", "__set__", "dim", "size", "stride", "numel", "ndimension", "__repr__", "__len__", "__hash__", "is_floating_point",
+    "is_complex", "data_ptr", "requires_grad_",
+}  # fmt: skip
+"""Functions that look at a tensor without giving another one."""
 
 
 @dataclass

@@ -13,13 +13,14 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def may_be_recomputed(model: nn.Module) -> bool:
-    """Whether backward may run the forward that is running now once more.
+def checkpoints_layers(model: nn.Module) -> bool:
+    """Whether the model's own gradient checkpointing is switched on."""
+    return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
-    True for the model's own gradient checkpointing, and inside somebody else's around it, which packs saved tensors.
-    """
-    packs = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return model.training and (packs or bool(getattr(model, "is_gradient_checkpointing", False)))
+
+def inside_checkpoint() -> bool:
+    """Whether somebody packs what backward needs, as ``torch.utils.checkpoint`` does with ``use_reentrant=False``."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def refuse(name: str, when: str) -> UnsupportedError:

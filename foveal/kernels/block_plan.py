@@ -30,16 +30,17 @@ class _Cut:
     """What one condition (the model's or the mask's) hides inside tiles.
 
     Attributes:
-        mod: the condition. per_batch, per_head: whether it reads these indices.
-        table: ``(T + 1, q_block, kv_block)`` bool of distinct tiles, True hides; the last entry hides nothing. None: evaluate.
-        slot: ``(B or 1, H or 1, nqb, nkb)`` index into ``table``.
+        mod: the condition.
         active: ``(B or 1, H or 1, nqb, nkb)`` bool, the tiles in which the condition decides.
+        reads_head: whether it may depend on the query head.
+        table: ``(T + 1, q_block, kv_block)`` bool of distinct tiles, True hides; the last entry hides nothing. None when the
+            tiles are too many to keep: they are evaluated batch by batch.
+        slot: ``(B or 1, H or 1, nqb, nkb)`` int32 index into ``table``.
     """
 
     mod: Predicate
     active: Tensor
-    per_batch: bool
-    per_head: bool
+    reads_head: bool
     table: Tensor | None = None
     slot: Tensor | None = None
 
@@ -51,7 +52,7 @@ class _Tiles:
     Attributes:
         size: ``(q_block, kv_block)``. shared: query heads of a key head agree, so a tile is gathered once for all of them.
         rows: ``(T,)`` tile rows ``(b · row_heads + h) · nqb + u``, sorted by (whole, cut).
-        order: ``(T, nkb)`` key tiles of these rows, whole ones first, then cut ones.
+        order: ``(T, nkb)`` int32 key tiles of these rows, whole ones first, then cut ones.
         runs: ``(whole, cut, start, end)`` of every group of rows.
         cuts: the conditions that cut tiles.
     """
@@ -107,7 +108,7 @@ def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
         per_row = joint.expand(batch, heads, nqb, nkb).reshape(-1, nkb)
     code = (per_row == FULL).sum(-1) * (nkb + 1) + (per_row == PARTIAL).sum(-1)
     rows = torch.argsort(code, stable=True)
-    order = torch.argsort(per_row[rows], dim=-1, descending=True, stable=True)
+    order = torch.argsort(per_row[rows], dim=-1, descending=True, stable=True).to(torch.int32)
     values, counts = torch.unique_consecutive(code[rows], return_counts=True)
     runs, start = [], 0
     for value, count in torch.stack([values, counts], -1).tolist():
@@ -129,68 +130,94 @@ def _mask_kinds(mask: BlockMask, base: BaseMask) -> Tensor:
 # --- what cut tiles hide -------------------------------------------------------------------------------------------
 
 
-def _cuts(call: AttentionCall, mask: BlockMask | None, kinds: Tensor, allowed: Tensor, joint: Tensor, past_end: Tensor) -> list[_Cut]:
+def _cuts(
+    call: AttentionCall, mask: BlockMask | None, kinds: Tensor, allowed: Tensor, joint: Tensor, past_end: Tensor
+) -> list[_Cut]:
     base, size = call.base, block_size(call, mask)
     out = []
     model = (allowed == PARTIAL) | past_end
     if bool(model.any()):
-        out.append(_cut(call, base.mask_mod(), model, (joint == PARTIAL) & model, size))
+        reads_batch, reads_head = base.batch > 1, False
+        if base.predicate is not None:
+            also = _reads(call, base.predicate)
+            reads_batch, reads_head = reads_batch or also[0], also[1]
+        out.append(_cut(call, base.mask_mod(), model, joint, size, reads_batch, reads_head))
     if mask is not None and mask.mask_mod is not noop_mask:
         own = kinds == PARTIAL  # whole tiles never ask the mask's own mask_mod
         if bool((own & (joint > 0)).any()):
-            out.append(_cut(call, mask.mask_mod, own, own & (joint > 0), size))
+            out.append(_cut(call, mask.mask_mod, own, joint, size, *_reads(call, mask.mask_mod)))
     return out
 
 
-def _cut(call: AttentionCall, mod: Predicate, active: Tensor, used: Tensor, size: tuple[int, int]) -> _Cut:
-    """``active``: where the condition decides; ``used``: the same, restricted to tiles that are computed at all."""
+def _reads(call: AttentionCall, mod: Predicate) -> tuple[bool, bool]:
+    """Whether a condition may depend on the batch row and on the head, from the shape of its answer for one pair."""
     batch, heads = call.q.shape[:2]
-    one = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=active.device)
-    b, h = (torch.arange(n, device=active.device) for n in (batch, heads))
-    probe = mod(b[:, None, None, None], h[None, :, None, None], one, one)
-    per_batch = batch > 1 and probe.dim() == 4 and probe.shape[0] > 1
-    per_head = heads > 1 and probe.dim() == 4 and probe.shape[1] > 1
-    cut = _Cut(mod, active, per_batch, per_head)
-    used = used.expand(batch if per_batch else used.shape[0], heads if per_head else used.shape[1], -1, -1)
-    if not per_batch:
-        used = used.any(0, keepdim=True)
-    if not per_head:
-        used = used.any(1, keepdim=True)
+    b, h = (torch.arange(n, device=call.q.device) for n in (batch, heads))
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=call.q.device)
+    shape = mod(b[:, None, None, None], h[None, :, None, None], zero, zero).shape
+    return len(shape) == 4 and shape[0] > 1, len(shape) == 4 and shape[1] > 1
+
+
+def _cut(
+    call: AttentionCall,
+    mod: Predicate,
+    active: Tensor,
+    joint: Tensor,
+    size: tuple[int, int],
+    reads_batch: bool,
+    reads_head: bool,
+) -> _Cut:
+    """Evaluate ``mod`` once per distinct tile in which it decides (``active``) and that is computed at all, unless these are too many."""
+    used = active & (joint == PARTIAL)
+    used = used.expand(call.q.shape[0] if reads_batch else -1, call.q.shape[1] if reads_head else -1, -1, -1)
+    used = used if reads_batch else used.any(0, keepdim=True)
+    used = used if reads_head else used.any(1, keepdim=True)
     where = used.nonzero()
     total = where.shape[0]
-    if total > TABLE_TILES * batch * active.shape[2]:
-        return cut
-    slot = torch.full(used.shape, total, dtype=torch.long, device=active.device)
-    slot[used] = torch.arange(total, device=active.device)
+    if total > TABLE_TILES * call.q.shape[0] * active.shape[2]:
+        return _Cut(mod, active, reads_head)
+    number = torch.full(used.shape, total, dtype=torch.int32, device=active.device)
+    number[used] = torch.arange(total, dtype=torch.int32, device=active.device)
     table = torch.zeros(total + 1, *size, dtype=torch.bool, device=active.device)
     for part in torch.arange(total, device=active.device).split(max(1, (1 << 20) // (size[0] * size[1]))):
-        bb, hh, u, t = (i[:, None, None] for i in where[part].unbind(-1))
-        table[part] = _hidden(call.base, mod, bb, hh, u, t, size).expand(-1, *size)
-    return _Cut(mod, active, per_batch, per_head, table, slot)
+        b, h, u, t = (i[:, None, None] for i in where[part].unbind(-1))
+        table[part] = _hidden(call.base, mod, b, h, u, t, size)
+    return _Cut(mod, active, reads_head, table, torch.where(active, number, total))
 
 
-def _hidden(base: BaseMask, mod: Predicate, b: Tensor, h: Tensor, u: Tensor, t: Tensor, size: tuple[int, int]) -> Tensor:
+def _hidden(
+    base: BaseMask, mod: Predicate, b: Tensor, h: Tensor, u: Tensor, t: Tensor, size: tuple[int, int]
+) -> Tensor:
     """Pairs that ``mod`` hides in tiles: index tensors ``(..., 1, 1)`` give ``(..., q_block, kv_block)``; keys past the end are hidden."""
     q = u * size[0] + torch.arange(size[0], device=u.device)[:, None]
     k = t * size[1] + torch.arange(size[1], device=u.device)
     hidden = ~mod(b, h, q.clamp(max=base.q_len - 1), k.clamp(max=base.kv_len - 1))
-    return hidden | (k >= base.kv_len) if base.kv_len % size[1] else hidden
+    if base.kv_len % size[1]:
+        hidden = hidden | (k >= base.kv_len)
+    return hidden.expand(torch.broadcast_shapes(hidden.shape, q.shape, k.shape))
 
 
-def _hide(call: AttentionCall, tiles: _Tiles, b: Tensor, h: Tensor, u: Tensor, t: Tensor) -> Tensor | None:
-    """``(R, G or 1, q_block, cut tiles, kv_block)``: what is hidden; ``b, h, u`` ``(R, G or 1, 1)``, ``t`` ``(R, 1, cut tiles)``."""
+def _hide(call: AttentionCall, tiles: _Tiles, b: Tensor, head: Tensor, u: Tensor, t: Tensor) -> Tensor | None:
+    """What is hidden in cut tiles, ``(R, G or 1, q_block, cut tiles, kv_block)``.
+
+    Args:
+        b, u: ``(R, 1, 1)`` batch row and tile row. head: ``(R, G, 1)`` query heads. t: ``(R, 1, cut tiles)`` key tiles.
+    """
     hidden = None
     for cut in tiles.cuts:
-        bb = b if cut.per_batch else torch.zeros_like(b)
-        hh = h if cut.per_head else torch.zeros_like(h[:, :1])
-        if cut.table is not None and cut.slot is not None:
-            part = cut.table[cut.slot[bb[:, : hh.shape[1]], hh, u[:, : hh.shape[1]], t]]
+        of = cut.active if cut.slot is None else cut.slot
+        where_b = b if of.shape[0] > 1 else torch.zeros_like(b)
+        heads = (
+            head if cut.reads_head else head[:, :1]
+        )  # G > 1 only when all query heads of the row have the same tiles
+        where = of[where_b, heads if of.shape[1] > 1 else torch.zeros_like(heads), u, t]
+        if cut.table is not None:
+            part = cut.table[where]
         else:
-            every = [i[..., None, None] for i in (b[:, : hh.shape[1]], hh, u[:, : hh.shape[1]], t)]
-            part = _hidden(call.base, cut.mod, *every, tiles.size)
-            active = cut.active
-            on = active[b[:, :1] if active.shape[0] > 1 else 0, h if active.shape[1] > 1 else 0, u[:, :1], t]
-            part = part & on[..., None, None]
+            part = (
+                _hidden(call.base, cut.mod, *(i[..., None, None] for i in (b, heads, u, t)), tiles.size)
+                & where[..., None, None]
+            )
         hidden = part if hidden is None else hidden | part
     return None if hidden is None else hidden.transpose(2, 3)
 
@@ -216,8 +243,9 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
             index = tiles.order[at, :count]
             hide = bias = None
             if cut:
-                last = index[:, None, whole:]
-                hidden = _hide(call, tiles, b[at, None, None].expand(-1, per_row, 1), head[at, :, None], u[at, None, None].expand(-1, per_row, 1), last)
+                hidden = _hide(
+                    call, tiles, b[at, None, None], head[at, :, None], u[at, None, None], index[:, None, whole:]
+                )
                 hide = None if hidden is None else (whole * kv_block, hidden)
             if call.bias is not None:
                 q_pos = u[at, None, None, None, None] * q_block + torch.arange(q_block, device=device)[:, None, None]

@@ -110,7 +110,13 @@ def _pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start:
 
 
 def _logits(
-    buffers: _Buffers, qg: Tensor, kg: Tensor, batch: Batch, scores: Scores, table: Tensor | None, minus: Tensor | None = None
+    buffers: _Buffers,
+    qg: Tensor,
+    kg: Tensor,
+    batch: Batch,
+    scores: Scores,
+    table: Tensor | None,
+    minus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Masked base-2 logits ``(R, M, L)``, less ``minus`` ``(R, M, 1)``; and, under a softcap, the tanh that backward needs."""
     s = buffers.get("scores", (qg.shape[0], qg.shape[1], kg.shape[1]), qg.dtype)
@@ -136,7 +142,9 @@ def _logits(
 
 class _Ragged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
         out = torch.zeros(q.shape[0], dv, dtype=q.dtype, device=q.device)
@@ -173,7 +181,9 @@ class _Ragged(torch.autograd.Function):
         d, dv = k.shape[1], v.shape[1]
         grad_out = grad_out.contiguous()
         rows_term = _rows_term(grad_out, out, grad_lse.to(dtype)).view(-1, plan.q_unit)
-        base2 = lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E).view(-1, plan.q_unit)  # blind rows: all logits are −inf
+        base2 = (
+            lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E).view(-1, plan.q_unit)
+        )  # blind rows: all logits are −inf
         gq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         gk = torch.zeros(k.shape, dtype=dtype, device=q.device)
         gv = torch.zeros(v.shape, dtype=dtype, device=q.device)
@@ -227,7 +237,9 @@ def _rows_term(grad_out: Tensor, out: Tensor, grad_lse: Tensor, rows: int = 1 <<
     return term
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run a plan over flattened rows.
 
     Args:

@@ -9,6 +9,7 @@ Three identities do the work. With ``lse`` the log-sum-exp of a row's logits ove
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,33 +92,34 @@ def row_masses(
 
 def _window_lse(call: AttentionCall, window: int, sinks: int) -> Tensor:
     """``(B, H, Nq)`` float32 log-sum-exp over the keys of each row's window that are not sinks, some rows at a time."""
-    base = call.base
     batch, heads, q_len = call.q.shape[:3]
-    ahead = 1 if base.causal else window
-    step = max(1, min(window, budget(base.device) // (heads * 2 * window)))
+    step = max(1, min(window, budget(call.q.device) // (heads * 2 * window)))
     out = torch.full((batch, heads, q_len), -torch.inf, device=call.q.device)
-    for start in range(0, q_len, step):
-        index = torch.arange(start, min(start + step, q_len), device=base.device)
-        own = index + base.shift
-        first, last = (
-            max(0, int(start + base.shift - window + 1)),
-            min(base.kv_len, int(start + base.shift + index.numel() - 1 + ahead)),
-        )
+    for b in range(batch):
+        memo = ("lens_window", window, sinks, step, b)  # layers that share a base mask share its windows
+        if memo not in call.base.cache:
+            call.base.cache[memo] = list(_windows(call.base, window, sinks, step, b))
+        for index, keys, seen in call.base.cache[memo]:
+            out[b, :, index] = torch.logsumexp(logits(call, b, index, keys, seen, hidden=-torch.inf), -1).float()
+    return out
+
+
+def _windows(base: BaseMask, window: int, sinks: int, step: int, b: int) -> Iterator[tuple[Tensor, slice, Tensor]]:
+    """``step`` rows of sequence ``b``, the range of keys of their windows, and who sees whom ``(rows, keys)``."""
+    ahead = 1 if base.causal else window
+    for start in range(0, base.q_len, step):
+        index = torch.arange(start, min(start + step, base.q_len), device=base.device)
+        own = index[:, None] + base.shift
+        first = max(0, start + base.shift - window + 1)
+        last = min(base.kv_len, start + base.shift + index.numel() - 1 + ahead)
         if first >= last:
             continue
         position = torch.arange(first, last, device=base.device)
-        near = (position > own[:, None] - window) & (position < own[:, None] + ahead)
-        for b in range(batch):
-            at = torch.full((1, 1), b, device=base.device)
-            rank = base.rank[b % base.rank.shape[0], first:last]
-            seen = (
-                near
-                & ~((rank >= 0) & (rank < sinks))
-                & base.allowed(at, torch.zeros_like(at), index[:, None], position[None])
-            )
-            part = torch.logsumexp(logits(call, b, index, slice(first, last), seen, hidden=-torch.inf), -1)
-            out[b, :, start : start + index.numel()] = part
-    return out
+        rank = base.rank[b % base.rank.shape[0], first:last]
+        at = torch.full((1, 1), b, device=base.device)
+        seen = base.allowed(at, torch.zeros_like(at), index[:, None], position[None])
+        seen = seen & (position > own - window) & (position < own + ahead) & ~((rank >= 0) & (rank < sinks))
+        yield index, slice(first, last), seen
 
 
 def _blocks(base: BaseMask, columns: int) -> tuple[int, int]:

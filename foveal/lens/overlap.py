@@ -41,8 +41,9 @@ def overlap(layers: Sequence[LayerProfile]) -> Estimate:
         batch, width, drawn, top = first.selected.shape
         member = torch.zeros(batch, width, drawn, first.kv_len + 1, dtype=torch.bool, device=first.selected.device)
         index = first.selected.long()
-        member.scatter_(-1, torch.where(index >= 0, index, first.kv_len), True)
-        member[..., first.kv_len] = False  # where the −1 went
+        member.scatter_(
+            -1, torch.where(index >= 0, index, first.kv_len), True
+        )  # −1 stands only in rows that do not count
         for j in range(i, count):
             second = layers[j]
             if not comparable(first, second):

@@ -25,6 +25,8 @@ from .dhsa_chunks import Pooling, select_chunks, spans
 from .dhsa_state import ChunkRule, without_sharing
 from .documents import crop, documents, tile_layout
 
+DEFAULT_BUDGET = Budget(density=0.125)
+
 
 @register("pattern", "dhsa")
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class DHSA(Pattern):
     equally valid choices. Only ``a`` and ``topk`` under a token budget read no further than their query block. State: ``Chunks`` for the chunk form.
     """
 
-    budget: Budget = Budget(density=0.125)
+    budget: Budget = DEFAULT_BUDGET
     variant: Literal["chunk", "a", "vs", "vsb", "topk"] = "vsb"
     q_block: int = 128
     kv_block: int = 32

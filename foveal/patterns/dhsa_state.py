@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ class ChunkRule:
             c = int(open_chunk[b])
             at = before[b if before.shape[0] > 1 else 0]
             edges = [int(new[row, c]), int(new[row, c + 1]), int(at[filled])]
-            for chunk, (start, stop) in enumerate(zip(edges, edges[1:], strict=False), start=c):
+            for chunk, (start, stop) in enumerate(pairwise(edges), start=c):
                 span = slice(int((at <= start).sum()) - 1, int((at < stop).sum()))
                 keys = head_mean(k[b : b + 1, :, span], self.per_head)
                 some = (at[span] < at[span.start + 1 : span.stop + 1])[None, None, :, None]

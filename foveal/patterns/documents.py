@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def _documents(base: BaseMask) -> list[Document]:
     found = []
     for row in range(starts.shape[0]):
         edges = [*starts[row].nonzero()[:, 0].tolist(), base.kv_len]
-        found += [Document(None if starts.shape[0] == 1 else row, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        found += [Document(None if starts.shape[0] == 1 else row, a, b) for a, b in pairwise(edges)]
     return found
 
 

@@ -11,26 +11,8 @@ from hypothesis import strategies as st
 from foveal.core.base_mask import EMPTY, FULL, BaseMask
 from foveal.core.errors import ShapeError
 
+from ..strategies import hosts
 from ..support import Host
-
-
-@st.composite
-def hosts(draw: st.DrawFn) -> Host:
-    """Every combination of demands that ``build`` takes."""
-    kv_len = draw(st.integers(1, 40))
-    documents: tuple[tuple[int, ...], ...] = ()
-    pads: tuple[tuple[int, int], ...] = ()
-    kind = draw(st.sampled_from(["plain", "padding", "documents"]))
-    q_len = kv_len if kind == "documents" else draw(st.integers(1, 40))
-    if kind == "documents":
-        cuts = [sorted(draw(st.sets(st.integers(1, kv_len), max_size=3)) | {kv_len}) for _ in range(2)]
-        documents = tuple(tuple(np.diff([0, *c]).tolist()) for c in cuts)
-    if kind == "padding":
-        pads = tuple((left := draw(st.integers(0, kv_len)), draw(st.integers(0, kv_len - left))) for _ in range(2))
-    causal = draw(st.booleans())
-    shift = draw(st.sampled_from([None, 0, 3])) if causal and not documents else None
-    window, chunk = draw(st.sampled_from([None, 1, 2, 7, 50])), draw(st.sampled_from([None, 1, 5, 64]))
-    return Host(q_len, kv_len, causal, shift, window, chunk, pads, documents)
 
 
 def defined(host: Host) -> torch.Tensor:
@@ -41,7 +23,9 @@ def defined(host: Host) -> torch.Tensor:
 def test_allowed_mask_mod_and_dense_are_the_definition(host: Host) -> None:
     base, expected = host.base(), defined(host)
     assert torch.equal(base.dense(host.batch), expected)
-    b, q, k = torch.meshgrid(torch.arange(host.batch), torch.arange(host.q_len), torch.arange(host.kv_len), indexing="ij")
+    b, q, k = torch.meshgrid(
+        torch.arange(host.batch), torch.arange(host.q_len), torch.arange(host.kv_len), indexing="ij"
+    )
     assert torch.equal(base.mask_mod()(b, torch.zeros_like(b), q, k), expected)
     for row, key in ((-1, 0), (0, -1), (host.q_len, 0), (0, host.kv_len)):
         zero = torch.zeros(1, dtype=torch.long)
@@ -87,7 +71,14 @@ def test_cropping_keys_keeps_the_rest(host: Host, keep: int) -> None:
 
 def test_a_predicate_is_one_more_condition() -> None:
     table = torch.rand(2, 30, 20, generator=torch.Generator().manual_seed(0)) < 0.4
-    base = BaseMask.build(30, 20, causal=False, window=9, valid=torch.ones(2, 20).index_fill(1, torch.tensor(3), 0), predicate=lambda b, h, q, k: table[b, q, k])
+    base = BaseMask.build(
+        30,
+        20,
+        causal=False,
+        window=9,
+        valid=torch.ones(2, 20).index_fill(1, torch.tensor(3), 0),
+        predicate=lambda b, h, q, k: table[b, q, k],
+    )
     expected = table & (torch.arange(30)[:, None] - torch.arange(20)[None]).abs().lt(9) & (torch.arange(20) != 3)
     assert torch.equal(base.dense(2), expected)
     assert base.area().tolist() == expected.sum((1, 2)).tolist()

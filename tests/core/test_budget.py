@@ -44,4 +44,8 @@ def test_keys_granted() -> None:
 
 
 def test_written_out() -> None:
-    assert [str(b) for b in (Budget(tokens=5), Budget(density=0.125), Budget(mass=0.9))] == ["5 tokens", "density 0.125", "mass 0.9"]
+    assert [str(b) for b in (Budget(tokens=5), Budget(density=0.125), Budget(mass=0.9))] == [
+        "5 tokens",
+        "density 0.125",
+        "mass 0.9",
+    ]

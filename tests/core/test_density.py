@@ -10,7 +10,7 @@ from foveal.core.density import Density, measure
 from foveal.core.layouts import BlockMask, KeySelection, block_mask
 from foveal.patterns import SlidingWindow
 
-from ..kernels.strategies import Call, calls
+from ..strategies import Call, calls
 from ..support import Host, context, loop
 
 

@@ -16,7 +16,9 @@ def loaded_after(code: str) -> set[str]:
     return set(run.stdout.split())
 
 
-@pytest.mark.parametrize("code", ["import foveal", "import foveal.papers", "import foveal; foveal.FovealError; foveal.papers"])
+@pytest.mark.parametrize(
+    "code", ["import foveal", "import foveal.papers", "import foveal; foveal.FovealError; foveal.papers"]
+)
 def test_torch_is_not_imported(code: str) -> None:
     assert not loaded_after(code) & {"torch", "transformers", "numpy", "matplotlib"}
 

@@ -38,10 +38,16 @@ def test_kinds_of_a_torch_mask() -> None:
     assert block_mask_kinds(mask).shape == (2, 3, 3, 2)
 
 
-@given(st.integers(0, 99), st.booleans(), st.sampled_from([Host(30, 40), Host(30, 40, causal=False, window=9), Host(30, 40, pads=((0, 0), (17, 0)))]))
+@given(
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from([Host(30, 40), Host(30, 40, causal=False, window=9), Host(30, 40, pads=((0, 0), (17, 0)))]),
+)
 def test_narrow_keeps_exactly_what_both_allow(seed: int, mod: bool, host: Host) -> None:
     table = torch.rand(2, 3, 30, 40, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask = block_mask(random_kinds(seed, 2, 3, 4, 5), (8, 8), (30, 40), (lambda b, h, q, k: table[b, h, q, k]) if mod else None)
+    mask = block_mask(
+        random_kinds(seed, 2, 3, 4, 5), (8, 8), (30, 40), (lambda b, h, q, k: table[b, h, q, k]) if mod else None
+    )
     joint = narrow(mask, host.base())
     allowed = host.dense()
     for b in range(2):

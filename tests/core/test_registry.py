@@ -45,7 +45,10 @@ def test_a_name_belongs_to_one_class() -> None:
         ("dense", r"pattern is 'dense'; expected an object such as"),
         ({"window": 3}, r"expected an object such as \{\"pattern\": \"sliding_window\""),
         ({"pattern": "dens"}, "unknown pattern 'dens'. Did you mean 'dense'?"),
-        ({"pattern": "sliding_window", "windw": 3}, r"pattern \(sliding_window\) has an unknown field 'windw'. Did you mean 'window'?"),
+        (
+            {"pattern": "sliding_window", "windw": 3},
+            r"pattern \(sliding_window\) has an unknown field 'windw'. Did you mean 'window'?",
+        ),
         ({"pattern": "sliding_window"}, "lacks the required field 'window'"),
     ],
     ids=str,

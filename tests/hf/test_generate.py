@@ -138,7 +138,10 @@ def test_a_compiled_decoding_step_runs_through_graph_breaks() -> None:
     model, ids = build("llama"), tokens(2, 9)
     with foveal.attach(model, WINDOW):
         expected = greedy(model, ids, 4, cache_implementation="static", disable_compile=True)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         got = greedy(model, ids, 4, cache_implementation="static", compile_config=config)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
     torch._dynamo.reset()
     assert torch.equal(got.sequences, expected.sequences)
     assert_close(torch.stack(got.logits), torch.stack(expected.logits), TOLERANCE)

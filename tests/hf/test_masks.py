@@ -155,6 +155,7 @@ def test_the_host_mask_looks_like_a_tensor_to_generate() -> None:
     assert len(mask.shape) == 4
     assert mask.contiguous() is mask
     assert mask.to("cpu") is mask
+    assert mask.detach() is mask
     assert mask.dim() == 4
     assert mask.dtype == torch.bool
     cut = mask[:, :, :, :9]
@@ -165,7 +166,7 @@ def test_the_host_mask_looks_like_a_tensor_to_generate() -> None:
     assert mask[:, :, :, :12] is mask
 
 
-@pytest.mark.parametrize("use", [lambda m: m + 1.0, lambda m: ~m, lambda m: m.float(), lambda m: torch.where(m, 0.0, 1.0)])
+@pytest.mark.parametrize("use", [lambda m: m + 1.0, lambda m: ~m, lambda m: m.float(), lambda m: torch.where(m, 0.0, 1.0), lambda m: m.mT, lambda m: m.data, lambda m: m.clone()])
 def test_arithmetic_on_the_host_mask_is_refused(use: Callable[[Tensor], Any]) -> None:
     with pytest.raises(UnsupportedError, match=r"an attention that is not foveal's received foveal's mask"):
         use(make())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,16 +13,28 @@ from torch import Tensor
 
 import foveal
 from foveal.core.layouts import Groups
+from foveal.kernels import gather
+from foveal.kernels.call import AttentionCall
+from foveal.kernels.dispatch import compute
 
+from ..strategies import Call, calls, finite, hosts, random_blocks, random_groups, random_lists
 from ..support import assert_close, loop
-from .strategies import Call, calls, finite, random_blocks, random_groups, random_lists
 
 pytestmark = pytest.mark.usefixtures("poison")
 KINDS = pytest.mark.parametrize("kind", ["dense", "blocks", "lists", "groups"])
 
 
 def attend(call: Call, impl: str, **changes: Any) -> tuple[Tensor, Tensor]:
-    return foveal.attention(call.q, call.k, call.v, call.layout, causal=call.causal, impl=impl, return_lse=True, **{**call.options, **changes})
+    return foveal.attention(
+        call.q,
+        call.k,
+        call.v,
+        call.layout,
+        causal=call.causal,
+        impl=impl,
+        return_lse=True,
+        **{**call.options, **changes},
+    )
 
 
 def solve(call: Call, impl: str) -> dict[str, Tensor]:
@@ -50,13 +63,71 @@ def test_reference_equals_the_loop(kind: str, data: st.DataObject) -> None:
 
 
 @KINDS
-@settings(max_examples=40)
+@pytest.mark.parametrize("batch_size", [1 << 6, gather.CPU_SCORES], ids=["small batches", "default"])
+@settings(max_examples=30)
 @given(data=st.data())
-def test_gather_equals_the_reference(kind: str, data: st.DataObject) -> None:
+def test_gather_equals_the_reference(kind: str, batch_size: int, data: st.DataObject) -> None:
     call = data.draw(calls(kind))
+    with mock.patch.object(gather, "CPU_SCORES", batch_size):
+        expected, got = solve(call, "reference"), solve(call, "gather")
+    for name, value in expected.items():
+        assert_close(got[name], value, 1e-9, name)
+
+
+@KINDS
+@settings(max_examples=25)
+@given(data=st.data())
+def test_one_new_token(kind: str, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, rows=1))
     expected, got = solve(call, "reference"), solve(call, "gather")
     for name, value in expected.items():
         assert_close(got[name], value, 1e-9, name)
+    for value, other in zip(attend(call, "gather"), (expected["out"], expected["lse"]), strict=True):
+        assert_close(value, other, what="without gradients")
+
+
+@KINDS
+@settings(max_examples=30)
+@given(data=st.data())
+def test_every_demand_of_a_host_meets_every_layout(kind: str, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, longest=30))
+    batch, heads, q_len = call.q.shape[:3]
+    host = data.draw(hosts((q_len, call.k.shape[2]), batch))
+    base = host.base()
+    if data.draw(st.booleans()):
+        table = torch.rand(batch, q_len, host.kv_len, generator=torch.Generator().manual_seed(heads)) < 0.6
+        base.predicate, base.plain = lambda b, h, q, k: table[b, q, k], False
+        base.cache["predicate_batch"] = batch
+    options = {"softcap": call.options["softcap"], "bias": call.options["bias"]}
+    expected, got = (
+        compute(AttentionCall(call.q, call.k, call.v, call.layout, base, 0.7, **options), impl)
+        for impl in ("reference", "gather")
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert a is not None
+        assert b is not None
+        assert_close(a, b, 1e-9)
+
+
+def test_one_new_token_reads_a_strided_cache() -> None:
+    make = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 1, 8, generator=make)
+    lists = random_lists(make, 2, 4, 1, 30, 1, 12, True)
+    cache = torch.randn(
+        2, 50, 2, 2, 8, generator=make
+    )  # (batch, tokens, k or v, heads, head_dim), longer than what is filled
+    k, v = cache[:, 7:37, 0].transpose(1, 2), cache[:, 7:37, 1].transpose(1, 2)
+    views = [
+        (k, v),
+        (k[..., ::2], v),
+        (k[:, :1].expand(-1, 2, -1, -1), v),
+        (k[:1].expand(2, -1, -1, -1), v[..., :1]),
+        (k, v[..., ::3]),
+    ]
+    for k_view, v_view in views:
+        q_view = q[..., : k_view.shape[-1]]
+        expected = foveal.attention(q_view, k_view.contiguous(), v_view.contiguous(), lists, impl="reference")
+        assert_close(foveal.attention(q_view, k_view, v_view, lists, impl="gather"), expected, 1e-5)
 
 
 @settings(max_examples=40)
@@ -115,7 +186,9 @@ def test_a_causal_call_is_the_mask_and_causality(call: Call) -> None:
 @pytest.mark.parametrize("combine", ["softmax", "mean"])
 def test_a_key_in_two_groups_counts_once_per_group(combine: Any) -> None:
     q, k, v = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 2, 1), torch.tensor([[[[1.0], [4.0]]]])
-    groups = Groups(torch.tensor([0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), False, combine)
+    groups = Groups(
+        torch.tensor([0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), False, combine
+    )
     for impl in ("reference", "gather"):
         out, lse = foveal.attention(q, k, v, groups, impl=impl, return_lse=True)
         assert out.item() == pytest.approx({"softmax": 2.0, "mean": (1 + 2.5) / 2}[combine])
@@ -141,7 +214,9 @@ def test_empty_tensors(impl: str, size: tuple[int, int, int], causal: bool) -> N
 
 @pytest.mark.parametrize("scale", [0.0, -1.3])
 def test_an_explicit_scale_is_honoured_by_auto(scale: float) -> None:
-    q, k, v = (torch.randn(1, 2, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k, v = (
+        torch.randn(1, 2, 300, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     for causal in (False, True):
         expected = foveal.attention(q, k, v, causal=causal, scale=scale, impl="reference")
         assert_close(foveal.attention(q, k, v, causal=causal, scale=scale), expected)

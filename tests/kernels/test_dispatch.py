@@ -17,7 +17,10 @@ from foveal.patterns import SlidingWindow
 
 def qkv(heads: int = 4, kv_heads: int = 2, q_len: int = 6, kv_len: int = 6, dim: int = 8) -> list[Tensor]:
     make = torch.Generator().manual_seed(0)
-    return [torch.randn(2, *size, generator=make) for size in ((heads, q_len, dim), (kv_heads, kv_len, dim), (kv_heads, kv_len, dim))]
+    return [
+        torch.randn(2, *size, generator=make)
+        for size in ((heads, q_len, dim), (kv_heads, kv_len, dim), (kv_heads, kv_len, dim))
+    ]
 
 
 def lists(*size: int, block: int = 1, fill: int = 0) -> KeySelection:
@@ -29,36 +32,96 @@ def ids(*values: int) -> Tensor:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "q is 3-D": ({"q": torch.zeros(4, 6, 8)}, ShapeError, r"q is \(4, 6, 8\); expected a 4-D tensor \(batch, heads, length, head_dim\)"),
+    "q is 3-D": (
+        {"q": torch.zeros(4, 6, 8)},
+        ShapeError,
+        r"q is \(4, 6, 8\); expected a 4-D tensor \(batch, heads, length, head_dim\)",
+    ),
     "k is a list": ({"k": [1.0]}, ShapeError, "k is list; expected a 4-D tensor"),
-    "integers": ({"v": torch.zeros(2, 2, 6, 8, dtype=torch.long)}, ShapeError, "v has dtype torch.int64; expected a floating-point"),
-    "mixed dtypes": ({"k": torch.zeros(2, 2, 6, 8).double()}, ShapeError, "k is torch.float64 .* q is torch.float32.*same dtype"),
-    "mixed devices": ({"k": torch.zeros(2, 2, 6, 8, device="meta")}, ShapeError, "k is .* on meta .*expected the same dtype and device"),
+    "integers": (
+        {"v": torch.zeros(2, 2, 6, 8, dtype=torch.long)},
+        ShapeError,
+        "v has dtype torch.int64; expected a floating-point",
+    ),
+    "mixed dtypes": (
+        {"k": torch.zeros(2, 2, 6, 8).double()},
+        ShapeError,
+        "k is torch.float64 .* q is torch.float32.*same dtype",
+    ),
+    "mixed devices": (
+        {"k": torch.zeros(2, 2, 6, 8, device="meta")},
+        ShapeError,
+        "k is .* on meta .*expected the same dtype and device",
+    ),
     "batch": ({"q": torch.zeros(3, 4, 6, 8)}, ShapeError, "batch sizes 3, 2 and 2; expected the same"),
     "k against v": ({"v": torch.zeros(2, 2, 5, 8)}, ShapeError, r"k has shape \(2, 2, 6, 8\) and v \(2, 2, 5, 8\)"),
-    "heads": ({"q": torch.zeros(2, 9, 6, 8)}, ShapeError, "q has 9 heads and k has 2; num_heads must be a multiple of num_kv_heads"),
+    "heads": (
+        {"q": torch.zeros(2, 9, 6, 8)},
+        ShapeError,
+        "q has 9 heads and k has 2; num_heads must be a multiple of num_kv_heads",
+    ),
     "head_dim": ({"q": torch.zeros(2, 4, 6, 7)}, ShapeError, "q has head_dim 7 and k has 8; expected the same"),
     "no channels": ({"v": torch.zeros(2, 2, 6, 0)}, ShapeError, "v has head_dim 0; expected at least 1"),
     "scale": ({"scale": float("nan")}, ConfigError, "scale is nan; expected a finite number or None"),
     "softcap type": ({"softcap": "30"}, ConfigError, "softcap is '30'; expected a finite number"),
     "softcap range": ({"softcap": 0.0}, ConfigError, r"softcap is 0.0; expected a number above 0, or None"),
-    "sinks": ({"sink_logits": torch.zeros(2)}, ShapeError, r"sink_logits has shape \(2,\); expected \(4,\), one logit per query head"),
+    "sinks": (
+        {"sink_logits": torch.zeros(2)},
+        ShapeError,
+        r"sink_logits has shape \(2,\); expected \(4,\), one logit per query head",
+    ),
     "bias N×N": ({"bias": torch.zeros(4, 6, 6)}, ShapeError, r"bias has shape \(4, 6, 6\); expected \(H=4, 2R\+1\)"),
     "bias even": ({"bias": torch.zeros(4, 6)}, ShapeError, "an odd number of relative distances"),
     "impl": ({"impl": "gathre"}, ConfigError, "impl='gathre' is unknown. Did you mean 'gather'?"),
-    "boolean mask": ({"mask": torch.ones(6, 6, dtype=torch.bool)}, ShapeError, "mask is a Tensor; expected a Pattern, BlockMask, KeySelection"),
-    "list blocks": ({"mask": lists(1, 1, 5, 2)}, ShapeError, r"index has shape \(1, 1, 5, 2\).*6 queries in blocks of 1 make 6 blocks"),
+    "boolean mask": (
+        {"mask": torch.ones(6, 6, dtype=torch.bool)},
+        ShapeError,
+        "mask is a Tensor; expected a Pattern, BlockMask, KeySelection",
+    ),
+    "list blocks": (
+        {"mask": lists(1, 1, 5, 2)},
+        ShapeError,
+        r"index has shape \(1, 1, 5, 2\).*6 queries in blocks of 1 make 6 blocks",
+    ),
     "list heads": ({"mask": lists(1, 3, 6, 2)}, ShapeError, "expected .* 1, 2 or 4 heads"),
     "list range": ({"mask": lists(1, 1, 6, 1, fill=6)}, ShapeError, "names key 6; expected indices below kv_len=6"),
     "list twice": ({"mask": lists(1, 1, 6, 2)}, ShapeError, r"repeats a key .* \(0, 0, 0\).*unique"),
     "list block size": ({"mask": lists(1, 1, 6, 1, block=0)}, ShapeError, "block_size is 0; expected at least 1"),
-    "list dtype": ({"mask": KeySelection(torch.zeros(1, 1, 6, 1), 1)}, ShapeError, "index has dtype torch.float32; expected torch.int64"),
-    "limit": ({"mask": KeySelection(torch.zeros(1, 1, 6, 1).long(), 1, ids(3, 3))}, ShapeError, r"limit has shape \(2,\); expected .*q_len=6"),
-    "group starts": ({"mask": Groups(ids(0), ids(0, 2), ids(0), ids(0, 1))}, ShapeError, "cu_q must rise from 0 to 1, the length of q_index"),
-    "group sizes": ({"mask": Groups(ids(0), ids(0, 1), ids(0), ids(0, 1, 1))}, ShapeError, r"cu_q has shape \(2,\) and cu_k \(3,\)"),
-    "group range": ({"mask": Groups(ids(0), ids(0, 1), ids(12), ids(0, 1))}, ShapeError, "k_index spans 12…12; expected 0…11"),
-    "group twice": ({"mask": Groups(ids(3, 3), ids(0, 2), ids(0), ids(0, 1))}, ShapeError, "q_index repeats a row inside one group"),
-    "group of strangers": ({"mask": Groups(ids(0), ids(0, 1), ids(6), ids(0, 1))}, ShapeError, "group 0 joins .* different batch rows"),
+    "list dtype": (
+        {"mask": KeySelection(torch.zeros(1, 1, 6, 1), 1)},
+        ShapeError,
+        "index has dtype torch.float32; expected torch.int64",
+    ),
+    "limit": (
+        {"mask": KeySelection(torch.zeros(1, 1, 6, 1).long(), 1, ids(3, 3))},
+        ShapeError,
+        r"limit has shape \(2,\); expected .*q_len=6",
+    ),
+    "group starts": (
+        {"mask": Groups(ids(0), ids(0, 2), ids(0), ids(0, 1))},
+        ShapeError,
+        "cu_q must rise from 0 to 1, the length of q_index",
+    ),
+    "group sizes": (
+        {"mask": Groups(ids(0), ids(0, 1), ids(0), ids(0, 1, 1))},
+        ShapeError,
+        r"cu_q has shape \(2,\) and cu_k \(3,\)",
+    ),
+    "group range": (
+        {"mask": Groups(ids(0), ids(0, 1), ids(12), ids(0, 1))},
+        ShapeError,
+        "k_index spans 12…12; expected 0…11",
+    ),
+    "group twice": (
+        {"mask": Groups(ids(3, 3), ids(0, 2), ids(0), ids(0, 1))},
+        ShapeError,
+        "q_index repeats a row inside one group",
+    ),
+    "group of strangers": (
+        {"mask": Groups(ids(0), ids(0, 1), ids(6), ids(0, 1))},
+        ShapeError,
+        "group 0 joins .* different batch rows",
+    ),
     "block lengths": (
         {"mask": block_mask(torch.ones(1, 1, 1, 1, dtype=torch.int8), (8, 8), (7, 6))},
         ShapeError,
@@ -114,7 +177,12 @@ def test_explicit_impl_never_falls_back() -> None:
 
 def test_explain_names_what_runs_and_why_not_the_others() -> None:
     q, k, v = qkv()
-    for mask, options in ((None, {}), (SlidingWindow(2), {"causal": True}), (None, {"softcap": 2.0}), (None, {"causal": True, "scale": -1.0})):
+    for mask, options in (
+        (None, {}),
+        (SlidingWindow(2), {"causal": True}),
+        (None, {"softcap": 2.0}),
+        (None, {"causal": True, "scale": -1.0}),
+    ):
         said = foveal.explain(q, k, v, mask, **options)
         assert set(said.refused) | {said.impl} == set(IMPLEMENTATIONS)
         assert all(reasons for reasons in said.refused.values())
@@ -158,7 +226,9 @@ def test_bottom_right_alignment() -> None:
 
 def test_default_scale_is_one_over_root_d() -> None:
     q, k, v = qkv()
-    assert torch.equal(foveal.attention(q, k, v, impl="gather"), foveal.attention(q, k, v, impl="gather", scale=8**-0.5))
+    assert torch.equal(
+        foveal.attention(q, k, v, impl="gather"), foveal.attention(q, k, v, impl="gather", scale=8**-0.5)
+    )
     mean = foveal.attention(q, k, v, scale=0.0)
     assert torch.allclose(mean, v.mean(2, keepdim=True).repeat_interleave(2, 1).expand_as(mean), atol=1e-6)
 
@@ -167,7 +237,9 @@ def test_default_scale_is_one_over_root_d() -> None:
 def test_bias_is_a_table_over_clipped_relative_distance(impl: str) -> None:
     q, k, v = (t.double() for t in qkv(q_len=3))
     table = torch.arange(4 * 5, dtype=torch.float64).view(4, 5) / 7
-    distance = (torch.arange(6)[None] - torch.arange(3, 6)[:, None]).clamp(-2, 2) + 2  # causal: rows sit at keys 3, 4, 5
+    distance = (torch.arange(6)[None] - torch.arange(3, 6)[:, None]).clamp(
+        -2, 2
+    ) + 2  # causal: rows sit at keys 3, 4, 5
     scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5 + table[:, distance]
     scores = scores.masked_fill(torch.arange(6)[None] > torch.arange(3, 6)[:, None], -torch.inf)
     expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)

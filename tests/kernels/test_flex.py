@@ -23,7 +23,10 @@ def qkv(q_len: int, kv_len: int) -> list[torch.Tensor]:
 def test_options_equal_the_reference() -> None:
     q, k, v = qkv(140, 200)  # bottom-right: the rows come after 60 cached keys
     options = {"scale": -0.7, "softcap": 1.5, "bias": torch.linspace(-2, 2, 4 * 7).view(4, 7)}
-    got, expected = (foveal.attention(q, k, v, SlidingWindow(20, sinks=3), causal=True, impl=impl, **options) for impl in ("flex", "reference"))
+    got, expected = (
+        foveal.attention(q, k, v, SlidingWindow(20, sinks=3), causal=True, impl=impl, **options)
+        for impl in ("flex", "reference")
+    )
     assert_close(got, expected, 1e-5)
 
 

@@ -12,8 +12,8 @@ import foveal
 from foveal.core.layouts import block_mask_kinds
 from foveal.patterns import SlidingWindow
 
+from ..strategies import Call
 from ..support import assert_close, loop
-from .strategies import Call
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -60,7 +60,10 @@ def test_one_part_is_itself() -> None:
 
 def test_parts_that_see_nothing_count_for_nothing() -> None:
     outs = [random(3, 4).requires_grad_(), random(3, 4, seed=1).requires_grad_()]
-    lses = [torch.tensor([0.5, -torch.inf, -torch.inf], dtype=torch.float64), torch.tensor([-torch.inf, 1.0, -torch.inf], dtype=torch.float64)]
+    lses = [
+        torch.tensor([0.5, -torch.inf, -torch.inf], dtype=torch.float64),
+        torch.tensor([-torch.inf, 1.0, -torch.inf], dtype=torch.float64),
+    ]
     lses = [part.requires_grad_() for part in lses]
     out, lse = foveal.merge(outs, lses)
     assert_close(out.detach(), torch.stack([outs[0][0], outs[1][1], torch.zeros(4, dtype=torch.float64)]).detach())

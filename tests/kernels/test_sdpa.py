@@ -14,8 +14,8 @@ from foveal.core.errors import UnsupportedError
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.dispatch import compute, refusals
 
+from ..strategies import Call, calls
 from ..support import Host, assert_close, loop, tensors
-from .strategies import Call, calls
 from .test_attention import attend, solve
 
 HOSTS = {
@@ -59,7 +59,9 @@ def test_masks_that_it_would_materialise_are_refused(host: Host, reason: str) ->
 def test_whatever_it_accepts_is_right(call: Call, with_lse: bool) -> None:
     plain: dict[str, Any] = {"softcap": None, "bias": None}
     call.options.update(plain)
-    made = foveal.kernels.dispatch.prepare(call.q, call.k, call.v, causal=call.causal, scale=call.options["scale"], return_lse=with_lse)
+    made = foveal.kernels.dispatch.prepare(
+        call.q, call.k, call.v, causal=call.causal, scale=call.options["scale"], return_lse=with_lse
+    )
     if refusals("sdpa", made):
         return
     out, lse = compute(made, "sdpa")
@@ -81,7 +83,8 @@ def test_gradients_of_the_plain_path() -> None:
     call = Call(*tensors(Host(30, 30), dim_v=8), None, True, {"bias": None, "sink_logits": None})
     leaves = [t.clone().requires_grad_() for t in (call.q, call.k, call.v)]
     got, expected = (
-        torch.autograd.grad(foveal.attention(*leaves, causal=True, impl=impl).square().sum(), leaves) for impl in ("sdpa", "reference")
+        torch.autograd.grad(foveal.attention(*leaves, causal=True, impl=impl).square().sum(), leaves)
+        for impl in ("sdpa", "reference")
     )
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b)

@@ -30,12 +30,16 @@ rows = pytest.mark.parametrize("row", PATTERNS.values(), ids=PATTERNS)
 cases = pytest.mark.parametrize(("row", "host"), CASES, ids=[f"{r}/{h}" for r, h in CASES])
 
 
-def select(row: Row, pattern: Pattern, q: Tensor, k: Tensor, host: Host, state: Any = None) -> tuple[Layout | None, Any]:
+def select(
+    row: Row, pattern: Pattern, q: Tensor, k: Tensor, host: Host, state: Any = None
+) -> tuple[Layout | None, Any]:
     extra = row.extra(q, k, host) if row.extra else {}
     return pattern.select(q, k, context(host, **extra), state)
 
 
-def attend(row: Row, q: Tensor, k: Tensor, v: Tensor, host: Host, pattern: Pattern | None = None, impl: str = "gather") -> Tensor:
+def attend(
+    row: Row, q: Tensor, k: Tensor, v: Tensor, host: Host, pattern: Pattern | None = None, impl: str = "gather"
+) -> Tensor:
     layout, _ = select(row, pattern or row.pattern, q, k, host)
     return run(q, k, v, layout, host, impl)[0]
 
@@ -94,7 +98,9 @@ def test_reference_layout_and_density_are_the_definition(row: str, host: str) ->
 def test_gradients_equal_dense_attention(row: str, host: str) -> None:
     q, k, v, layout, _, _, seen = solved(row, host)
     weight = torch.randn(*q.shape[:3], v.shape[-1], generator=torch.Generator().manual_seed(1), dtype=q.dtype)
-    expected = torch.autograd.grad((masked(*(ours := [t.clone().requires_grad_() for t in (q, k, v)]), seen > 0) * weight).sum(), ours)
+    expected = torch.autograd.grad(
+        (masked(*(ours := [t.clone().requires_grad_() for t in (q, k, v)]), seen > 0) * weight).sum(), ours
+    )
     theirs = [t.clone().requires_grad_() for t in (q, k, v)]
     got = torch.autograd.grad((run(*theirs, layout, HOSTS[host])[0] * weight).sum(), theirs)
     for name, a, b in zip("qkv", got, expected, strict=True):
@@ -110,7 +116,9 @@ def test_full_budget_is_dense(row: Row, host: str) -> None:
     assert_close(attend(row, q, k, v, HOSTS[host], row.full), run(q, k, v, None, HOSTS[host], "reference")[0])
 
 
-@pytest.mark.parametrize(("row", "host"), [(r, h) for r in PATTERNS for h in PATTERNS[r].refuses] or [pytest.param("", "", id="none")])
+@pytest.mark.parametrize(
+    ("row", "host"), [(r, h) for r in PATTERNS for h in PATTERNS[r].refuses] or [pytest.param("", "", id="none")]
+)
 def test_refused_hosts_are_refused_by_name(row: str, host: str) -> None:
     if row:
         with pytest.raises(UnsupportedError, match=PATTERNS[row].pattern.registered_name):
@@ -123,7 +131,9 @@ def test_first_and_last_query(row: Row) -> None:
     q, k, v = tensors(host)
     out = attend(row, q, k, v, host)
     for b, start in ((0, 0), (1, 11)):
-        assert_close(out[b, :, start], v[b, :, start].repeat_interleave(2, 0), what="the first real query sees only itself")
+        assert_close(
+            out[b, :, start], v[b, :, start].repeat_interleave(2, 0), what="the first real query sees only itself"
+        )
     assert (out[1, :, :11] == 0).all(), "a query that sees nothing gives zeros"
     *_, seen = loop(q, k, v, select(row, row.pattern, q, k, host)[0], host)
     assert (seen[:, :, -1, -1] > 0).all(), "the last query sees itself"
@@ -170,7 +180,12 @@ def pieces(row: Row, host: Host, ends: list[int], q: Tensor, k: Tensor, v: Tenso
         rebuilt, _ = select(row, row.pattern, now, keys, part, None)
         layout, state = select(row, row.pattern, now, keys, part, state)
         out = run(now, keys, values, layout, part)[0]
-        assert_close(run(now, keys, values, rebuilt, part)[0], out, 1e-12, f"rows {first}–{last}: state rebuilt against state carried")
+        assert_close(
+            run(now, keys, values, rebuilt, part)[0],
+            out,
+            1e-12,
+            f"rows {first}–{last}: state rebuilt against state carried",
+        )
         outs.append(out)
         first = last
     return torch.cat(outs, 2)
@@ -204,11 +219,19 @@ def test_no_row_reads_later_tokens_than_declared(row: Row) -> None:
     for seed in range(4):
         q, k, v = tensors(host, seed=seed)
         out = attend(row, q, k, v, host)
-        changed = [torch.cat([t[:, :, :cut], 3 * o[:, :, cut:]], 2) for t, o in zip((q, k, v), tensors(host, seed=seed + 50), strict=True)]
+        changed = [
+            torch.cat([t[:, :, :cut], 3 * o[:, :, cut:]], 2)
+            for t, o in zip((q, k, v), tensors(host, seed=seed + 50), strict=True)
+        ]
         future = attend(row, *changed, host)
         without = attend(row, *(t[:, :, :cut] for t in (q, k, v)), Host(cut, cut))
         for name, other in (("changed", future), ("absent", without)):
-            assert_close(other[:, :, :bound], out[:, :, :bound], 1e-12, f"rows before {bound} when tokens from {cut} on are {name}")
+            assert_close(
+                other[:, :, :bound],
+                out[:, :, :bound],
+                1e-12,
+                f"rows before {bound} when tokens from {cut} on are {name}",
+            )
             leaked |= not torch.allclose(other[:, :, bound:cut], out[:, :, bound:cut], atol=1e-9)
     assert leaked == (row.pattern.look_ahead != "none"), "look_ahead is declared, but no row reads ahead"
 
@@ -254,7 +277,9 @@ def test_low_precision_stays_in_its_error_budget(row: Row, dtype: torch.dtype, i
     naive = solve(lambda q, k, v: plain(q, k, v, seen > 0), dtype)
     got = solve(lambda q, k, v: run(q, k, v, layout, host, impl, return_lse=False)[0], dtype)
     size = max(float(t.abs().max()) for t in exact)  # gradients of q and k are differences of terms as large as this
-    for what, a, b, c in zip(("out", "gradient of q", "gradient of k", "gradient of v"), got, naive, exact, strict=True):
+    for what, a, b, c in zip(
+        ("out", "gradient of q", "gradient of k", "gradient of v"), got, naive, exact, strict=True
+    ):
         within_budget(a, b, c, dtype, size, f"{impl} {what}")
 
 

@@ -38,7 +38,9 @@ def test_sinks_are_the_first_real_tokens_of_each_sequence() -> None:
 
 
 def test_one_new_token_gets_a_short_list() -> None:
-    layout, _ = SlidingWindow(5, sinks=3).select(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 5000, 4), context(Host(1, 5000)))
+    layout, _ = SlidingWindow(5, sinks=3).select(
+        torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 5000, 4), context(Host(1, 5000))
+    )
     assert isinstance(layout, KeySelection)
     assert layout.index.shape == (1, 1, 1, 8)
 
@@ -53,7 +55,9 @@ def test_a_window_that_holds_everything_is_dense() -> None:
 
 def test_tiles_outside_window_and_sinks_are_dropped_and_inner_ones_whole() -> None:
     host = Host(1280, 1280)
-    layout, _ = SlidingWindow(512, sinks=4).select(torch.zeros(1, 1, 1280, 4), torch.zeros(1, 1, 1280, 4), context(host))
+    layout, _ = SlidingWindow(512, sinks=4).select(
+        torch.zeros(1, 1, 1280, 4), torch.zeros(1, 1, 1280, 4), context(host)
+    )
     assert isinstance(layout, BlockMask)
     last = block_mask_kinds(layout)[0, 0, 9].tolist()
     assert last == [1, 0, 0, 0, 0, 1, FULL, FULL, FULL, FULL]  # the layout need not repeat causality

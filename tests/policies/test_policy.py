@@ -17,7 +17,12 @@ from foveal.policies import ModelStamp, Rule
 WINDOW, TRIANGLE = SlidingWindow(256, sinks=4), Triangle(128)
 FULL = Policy(
     default=Rule(WINDOW),
-    layers=((0, Rule()), (1, Rule()), (3, Rule(TRIANGLE, WINDOW)), (7, Rule(WINDOW, None, ((0, 1, Rule()), (4, 4, Rule(TRIANGLE)))))),
+    layers=(
+        (0, Rule()),
+        (1, Rule()),
+        (3, Rule(TRIANGLE, WINDOW)),
+        (7, Rule(WINDOW, None, ((0, 1, Rule()), (4, 4, Rule(TRIANGLE))))),
+    ),
     name="mixed",
     model=ModelStamp("LlamaForCausalLM", 8, "ab" * 32),
     dtype="bfloat16",
@@ -25,7 +30,11 @@ FULL = Policy(
 )
 
 
-@pytest.mark.parametrize("policy", [FULL, Policy(), Policy.uniform(WINDOW), Policy.uniform(TRIANGLE, WINDOW)], ids=lambda p: p.name or "empty")
+@pytest.mark.parametrize(
+    "policy",
+    [FULL, Policy(), Policy.uniform(WINDOW), Policy.uniform(TRIANGLE, WINDOW)],
+    ids=lambda p: p.name or "empty",
+)
 def test_round_trip_through_a_file(policy: Policy, tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     policy.save(path)
@@ -74,8 +83,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "span backwards": ({"foveal_policy": 1, "layers": {"3-1": {}}}, "entry '3-1'; expected a number such as"),
     "overlap": ({"foveal_policy": 1, "layers": {"0-3": {}, "3": {}}}, "lists '0-3' and '3', which overlap"),
     "rule": ({"foveal_policy": 1, "layers": {"0": 3}}, r"layers\[0\] is 3; expected an object with the fields prefill"),
-    "rule field": ({"foveal_policy": 1, "layers": {"0": {"decod": {}}}}, r"layers\[0\] has an unknown field 'decod'. Did you mean 'decode'?"),
-    "pattern": ({"foveal_policy": 1, "default": {"prefill": {"pattern": "dens"}}}, r"default.prefill: unknown pattern 'dens'. Did you mean 'dense'"),
+    "rule field": (
+        {"foveal_policy": 1, "layers": {"0": {"decod": {}}}},
+        r"layers\[0\] has an unknown field 'decod'. Did you mean 'decode'?",
+    ),
+    "pattern": (
+        {"foveal_policy": 1, "default": {"prefill": {"pattern": "dens"}}},
+        r"default.prefill: unknown pattern 'dens'. Did you mean 'dense'",
+    ),
     "pattern field": (
         {"foveal_policy": 1, "layers": {"2": {"decode": {"pattern": "sliding_window", "window": -1}}}},
         "SlidingWindow.window is -1; expected a value at least 1",
@@ -85,10 +100,16 @@ WRONG: dict[str, tuple[Any, str]] = {
         r"layers\[2\].decode \(sliding_window\).window is 'x'.*expected a whole number",
     ),
     "heads": ({"foveal_policy": 1, "default": {"heads": [0]}}, r"default.heads is \[0\]; expected an object"),
-    "heads overlap": ({"foveal_policy": 1, "default": {"heads": {"0-2": {}, "1": {}}}}, "default.heads lists '0-2' and '1', which overlap"),
+    "heads overlap": (
+        {"foveal_policy": 1, "default": {"heads": {"0-2": {}, "1": {}}}},
+        "default.heads lists '0-2' and '1', which overlap",
+    ),
     "name": ({"foveal_policy": 1, "name": 3}, "name is 3; expected a string"),
     "dtype": ({"foveal_policy": 1, "dtype": 16}, "dtype is 16; expected a string"),
-    "model": ({"foveal_policy": 1, "model": {"layrs": 3}}, "model has an unknown field 'layrs'. Did you mean 'layers'?"),
+    "model": (
+        {"foveal_policy": 1, "model": {"layrs": 3}},
+        "model has an unknown field 'layrs'. Did you mean 'layers'?",
+    ),
     "model type": ({"foveal_policy": 1, "model": {"layers": "8"}}, "model.layers is '8'; expected"),
     "context": ({"foveal_policy": 1, "context": [4096]}, r"context is \[4096\]; expected two lengths such as"),
     "context order": ({"foveal_policy": 1, "context": [8, 4]}, r"context is \[8, 4\]; expected two lengths"),
@@ -109,7 +130,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing, broken, binary = tmp_path / "no.json", tmp_path / "broken.json", tmp_path / "binary.json"
     broken.write_text("{", encoding="utf-8")
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, message in ((missing, "does not exist; make one with"), (broken, "is not JSON"), (binary, "cannot be read"), (tmp_path, "cannot be read")):
+    for path, message in (
+        (missing, "does not exist; make one with"),
+        (broken, "is not JSON"),
+        (binary, "cannot be read"),
+        (tmp_path, "cannot be read"),
+    ):
         with pytest.raises(ConfigError, match=message) as error:
             Policy.load(path)
         assert str(path) in str(error.value)

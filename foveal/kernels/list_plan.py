@@ -1,0 +1,170 @@
+"""Which keys ``gather`` computes for a ``KeySelection``, as a plan for ``kernels.ragged``; and one new token without a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..core.layouts import KeySelection
+from .call import AttentionCall, compute_dtype, relative_index
+from .ragged import LOG2_E, Batch, Plan, split_rows
+
+
+def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
+    """The plan over q padded to whole blocks of rows, and k and v, flattened to rows; ``budget`` in score elements per batch."""
+    blocks, width = layout.index.shape[2:]
+    row_heads, _ = _row_heads(call, layout)
+    reads = call.q.shape[0] * row_heads * blocks * width
+    return Plan(lambda: _batches(call, layout, budget), layout.block_size, 1, key_reads=reads)
+
+
+def _row_heads(call: AttentionCall, layout: KeySelection) -> tuple[int, int]:
+    """Lists that are gathered per sequence and block, and query heads that share each."""
+    own = layout.index.shape[1] == call.q.shape[1] and call.groups > 1
+    return (call.q.shape[1], 1) if own else (call.k.shape[1], call.groups)
+
+
+def _bounds(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
+    """``(B or 1, Nq)`` each: row ``i`` sees only listed keys ``lo[i] <= k < hi[i]``; padding (−1) is always below."""
+    lo, hi = call.base.lo.clamp(min=0), call.base.hi
+    return (lo, hi) if layout.limit is None else (lo, torch.minimum(hi, layout.limit))
+
+
+def _batches(call: AttentionCall, layout: KeySelection, budget: int) -> Iterator[Batch]:
+    base, device, size = call.base, call.q.device, layout.block_size
+    batch, heads, kv_heads, group = call.q.shape[0], call.q.shape[1], call.k.shape[1], call.groups
+    row_heads, per_row = _row_heads(call, layout)
+    blocks, width = layout.index.shape[2:]
+    in_group = torch.arange(per_row, device=device)
+    b, h = torch.arange(batch, device=device)[:, None], torch.arange(row_heads, device=device)[None, :]
+    kv_first = (b * kv_heads + (h // group if per_row < group else h)) * base.kv_len  # (B, row heads)
+    q_first = ((b * heads + h * per_row)[:, :, None] + in_group) * blocks  # (B, row heads, G)
+    lo, hi = (_by_block(x, blocks, size) for x in _bounds(call, layout))
+    for part in split_rows(blocks, batch * row_heads * per_row * size * width, budget):
+        index = layout.index[:, :, part]
+        listed = (index >= 0).flatten(0, 2).any(0).nonzero()
+        if listed.numel() == 0:
+            continue
+        index = index[..., : int(listed[-1]) + 1]
+        u = torch.arange(part.start, part.stop, device=device)
+        count = batch * row_heads * u.shape[0]
+        hidden = _hidden(call, index, u, lo[:, part], hi[:, part], size)
+        hide = None if hidden is None else (0, hidden.expand(batch, row_heads, -1, -1, -1).reshape(count, 1, size, -1))
+        seen = index.clamp(min=0)
+        bias = None
+        if call.bias is not None:
+            rows = u[:, None] * size + torch.arange(size, device=device)
+            head = ((h * per_row)[:, :, None] + in_group)[:, :, None, :, None, None]
+            column = (
+                relative_index(call, rows[None, None, :, None, :, None], seen[:, :, :, None, None, :])
+                + head * call.bias.shape[1]
+            )
+            bias = column.expand(batch, row_heads, -1, per_row, -1, -1).reshape(count, per_row * size, -1)
+        k_rows = (kv_first[:, :, None, None] + seen).view(count, -1)
+        q_rows = (q_first[:, :, None] + u[:, None]).view(count, -1)
+        yield Batch(q_rows, k_rows, hide, bias)
+
+
+def _by_block(x: Tensor, blocks: int, size: int) -> Tensor:
+    """``(B or 1, Nq)`` as ``(B or 1, blocks, size)``; the rows that pad the last block repeat its last row."""
+    extra = blocks * size - x.shape[1]
+    x = torch.cat([x, x[:, -1:].expand(-1, extra)], 1) if extra else x
+    return x.view(x.shape[0], blocks, size)
+
+
+def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tensor, size: int) -> Tensor | None:
+    """``(B or 1, listed heads, blocks, size, K)`` bool, True hides; None when every row of these blocks sees its whole list.
+
+    Args:
+        index: ``(B or 1, listed heads, blocks, K)``. u: ``(blocks,)`` their numbers. lo, hi: ``(B or 1, blocks, size)``.
+    """
+    base = call.base
+    bad = None
+    if base.valid is not None:
+        b = torch.arange(base.valid.shape[0], device=index.device)[:, None, None, None]
+        bad = ~base.valid[b, index.clamp(min=0)]
+    top, low = hi.amin(-1)[:, None, :, None], lo.amax(-1)[:, None, :, None]
+    some = (index >= top) | (index < low)  # hidden from at least one row of the block
+    some = some if bad is None else some | bad
+    if base.predicate is None and index.device.type == "cpu" and not bool(some.any()):
+        return None
+    if size == 1:
+        hidden = some[..., None, :]
+    else:
+        keys = index[:, :, :, None, :]
+        hidden = (keys >= hi[:, None, ..., None]) | (keys < lo[:, None, ..., None])
+        hidden = hidden if bad is None else hidden | bad[:, :, :, None]
+    if base.predicate is None:
+        return hidden
+    rows = (u[:, None] * size + torch.arange(size, device=index.device)).clamp(max=base.q_len - 1)
+    b = torch.arange(call.q.shape[0], device=index.device)[:, None, None, None, None]
+    return hidden | ~base.predicate(
+        b, torch.zeros_like(b), rows[None, None, :, :, None], index.clamp(min=0)[:, :, :, None, :]
+    )
+
+
+# --- one new token -------------------------------------------------------------------------------------------------
+
+
+def one_row(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor] | None:
+    """``(out, lse)`` of a single query row, for inference; None when the call needs the general path.
+
+    The cache is read in place, whatever its strides: only the listed keys are copied.
+    """
+    base = call.base
+    if (
+        base.q_len != 1
+        or call.needs_grad
+        or call.bias is not None
+        or call.softcap is not None
+        or base.predicate is not None
+    ):
+        return None
+    index = layout.index[:, :, 0]  # (B or 1, listed heads, K)
+    batch, kv_heads = call.q.shape[0], call.k.shape[1]
+    row_heads, per_row = _row_heads(call, layout)
+    if index.shape[-1] == 0:
+        return None
+    dtype = compute_dtype(call.q.dtype)
+    lo, hi = _bounds(call, layout)
+    hidden = (index >= hi[:, :1, None]) | (index < lo[:, :1, None])
+    index = index.clamp(min=0)
+    if base.valid is not None:
+        rows = torch.arange(base.valid.shape[0], device=index.device)[:, None, None]
+        hidden = hidden | ~base.valid[rows, index]
+    count = batch * row_heads
+    kg, vg = (
+        _listed_rows(x, index, row_heads // kv_heads).view(count, index.shape[-1], -1).to(dtype)
+        for x in (call.k, call.v)
+    )
+    qg = call.q.reshape(count, per_row, -1).to(dtype)
+    s = qg.new_empty(count, per_row, index.shape[-1])
+    torch.baddbmm(s, qg, kg.transpose(1, 2), beta=0, alpha=call.scale * LOG2_E, out=s)
+    blind = hidden.device.type != "cpu" or bool(hidden.any())
+    if blind:
+        s.view(batch, row_heads, per_row, -1).masked_fill_(hidden[:, :, None], -torch.inf)
+    top = s.amax(-1, keepdim=True)
+    s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top).exp2_()
+    norm = s.sum(-1, keepdim=True).clamp_(min=1.0)
+    out = torch.bmm(s, vg).div_(norm).view(*call.q.shape[:3], -1).to(call.q.dtype)
+    return out, norm.log2_().add_(top).div_(LOG2_E).view(call.q.shape[:3])
+
+
+def _listed_rows(x: Tensor, index: Tensor, repeat: int) -> Tensor:
+    """Rows of ``x`` ``(B, Hkv, Nk, C)`` named by ``index`` ``(B or 1, 1 or heads, K)``, flattened over ``(B, heads, K)``.
+
+    ``repeat``: lists per key head (1, or the query heads that share it).
+    """
+    width = x.shape[3]
+    steps = [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    if x.stride(3) != 1 and width > 1 or any(s % width for s in steps):
+        x = x.contiguous()
+        steps = list(x.stride()[:3])
+    per_b, per_h, per_n = (s // width for s in steps)
+    last = sum((n - 1) * s for n, s in zip(x.shape[:3], (per_b, per_h, per_n), strict=True))
+    flat = x.as_strided((last + 1, width), (width, 1))
+    b = torch.arange(x.shape[0], device=x.device)[:, None, None] * per_b
+    h = torch.arange(x.shape[1], device=x.device).repeat_interleave(repeat)[:, None] * per_h
+    return flat.index_select(0, (index * per_n + (b + h)).view(-1))
