@@ -104,10 +104,11 @@ def errors() -> Console:
 
 
 def output() -> Console:
-    """A console on stdout."""
+    """A console on stdout; piped output gets room for whole tables."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
 
 
 @contextlib.contextmanager

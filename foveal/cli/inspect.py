@@ -91,6 +91,8 @@ def render_heads(layer: LayerProfile) -> Table:
 
     table = Table(
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
         title=f"Layer {layer.layer_index}, {layer.num_heads} heads on {layer.num_kv_heads} key heads, {layer.kv_len} tokens",
         caption=(
             f"sinks: first {layer.sinks} tokens; window: last {layer.window} tokens; keys 90 %: keys that hold 90 % of a row's "

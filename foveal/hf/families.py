@@ -47,7 +47,12 @@ def is_cross(name: str, module: nn.Module) -> bool:
     """Whether the module attends from one sequence to another."""
     last = name.rsplit(".", 1)[-1].lower()
     path = name.lower()
-    return bool(getattr(module, "is_cross_attention", False)) or "cross" in path or last == "encoder_attn" or ".encoder_attn." in path
+    return (
+        bool(getattr(module, "is_cross_attention", False))
+        or "cross" in path
+        or last == "encoder_attn"
+        or ".encoder_attn." in path
+    )
 
 
 def sites(model: nn.Module) -> list[AttentionSite]:
@@ -60,7 +65,9 @@ def sites(model: nn.Module) -> list[AttentionSite]:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"model is a {name}; expected a transformers PreTrainedModel. For other models use foveal.attention or foveal.layers.")
+        raise UnsupportedError(
+            f"model is a {name}; expected a transformers PreTrainedModel. For other models use foveal.attention or foveal.layers."
+        )
     found, index = [], 0
     text = _text_config(model)
     for path, module in model.named_modules():

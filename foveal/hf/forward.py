@@ -93,11 +93,16 @@ class Forward:
         """The base mask of a 4-D tensor."""
         key = (id(mask), mask._version, q_len, kv_len, shift, cross)
         if key not in self.tensors:
-            self.tensors[key] = (mask, base_from_tensor(mask, q_len, kv_len, shift, cross))  # holds the tensor, so that its id stays taken
+            self.tensors[key] = (
+                mask,
+                base_from_tensor(mask, q_len, kv_len, shift, cross),
+            )  # holds the tensor, so that its id stays taken
         return self.tensors[key][1]
 
 
-def original_forward(module: nn.Module, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+def original_forward(
+    module: nn.Module, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Any:
     """Run the attention that the module would have run without foveal (another model that shares the config)."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -114,12 +119,16 @@ def refuse_unhonoured(module: nn.Module, dropout: float, kwargs: Mapping[str, An
     """Raise :class:`UnsupportedError` naming the first option that foveal would otherwise ignore."""
     name = type(module).__name__
     if dropout:
-        raise UnsupportedError(f"{name} asks for attention dropout {dropout:g}; foveal has none. Set the config's attention dropout to 0, or call model.eval().")
+        raise UnsupportedError(
+            f"{name} asks for attention dropout {dropout:g}; foveal has none. Set the config's attention dropout to 0, or call model.eval()."
+        )
     if kwargs.get("output_attentions"):
         raise UnsupportedError(OUTPUT_ATTENTIONS)
     for key in ("head_mask", "cross_attn_head_mask", "cache"):
         if kwargs.get(key) is not None:
-            raise UnsupportedError(f"{name} passes {key!r} to its attention, which foveal does not honour. Leave it out, or run without foveal.")
+            raise UnsupportedError(
+                f"{name} passes {key!r} to its attention, which foveal does not honour. Leave it out, or run without foveal."
+            )
     for key, item in kwargs.items():
         if item is not None and item is not False and key not in HARMLESS and key not in ("softcap", "s_aux"):
             raise UnsupportedError(
@@ -129,7 +138,13 @@ def refuse_unhonoured(module: nn.Module, dropout: float, kwargs: Mapping[str, An
 
 
 def base_mask(
-    handle: Handle, module: nn.Module, mask: Any, query: Tensor, key: Tensor, is_causal: bool | None, around: Surroundings
+    handle: Handle,
+    module: nn.Module,
+    mask: Any,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    around: Surroundings,
 ) -> tuple[BaseMask, int]:
     """The base mask of a call and the tokens before row 0."""
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -154,7 +169,9 @@ def base_mask(
         base = handle.forward.read_tensor(mask, q_len, kv_len, 0 if cross else min(before, kv_len - q_len), cross)
         return base, 0 if cross else before
     if mask is not None:
-        raise UnsupportedError(f"attention_mask is a {type(mask).__name__}; expected foveal's own mask, a 4-D tensor, or None.")
+        raise UnsupportedError(
+            f"attention_mask is a {type(mask).__name__}; expected foveal's own mask, a 4-D tensor, or None."
+        )
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     base = BaseMask.build(q_len, kv_len, causal=causal, device=query.device)
     return base, base.shift if causal else 0
@@ -203,7 +220,9 @@ def _scale(module: nn.Module, dim: int) -> float:
 
 def _check(call: AttentionCall, name: str) -> None:
     if call.q.shape[1] % call.k.shape[1]:
-        raise ShapeError(f"{name} has {call.q.shape[1]} query heads and {call.k.shape[1]} key heads; num_heads must be a multiple of num_kv_heads.")
+        raise ShapeError(
+            f"{name} has {call.q.shape[1]} query heads and {call.k.shape[1]} key heads; num_heads must be a multiple of num_kv_heads."
+        )
 
 
 def _refuse_resets(base: BaseMask, around: Surroundings) -> None:
@@ -233,7 +252,9 @@ def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContex
     taken: set[int] = set()
     for first, last, own in rule.heads:
         if last >= heads:
-            raise ShapeError(f"the policy names head {last} of layer {ctx.layer_index}, which has {heads} heads (0 to {heads - 1}).")
+            raise ShapeError(
+                f"the policy names head {last} of layer {ctx.layer_index}, which has {heads} heads (0 to {heads - 1})."
+            )
         spans.append((list(range(first, last + 1)), own))
         taken |= set(range(first, last + 1))
     rest = [h for h in range(heads) if h not in taken]
@@ -242,16 +263,32 @@ def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContex
     out = call.v.new_empty(*call.q.shape[:3], call.v.shape[-1])
     for members, own in spans:
         chosen = torch.tensor(members, device=call.q.device)
-        whole = members == list(range(members[0], members[0] + len(members))) and members[0] % group == 0 and len(members) % group == 0
-        kv = torch.arange(members[0] // group, (members[-1] + 1) // group, device=call.q.device) if whole else chosen // group
+        whole = (
+            members == list(range(members[0], members[0] + len(members)))
+            and members[0] % group == 0
+            and len(members) % group == 0
+        )
+        kv = (
+            torch.arange(members[0] // group, (members[-1] + 1) // group, device=call.q.device)
+            if whole
+            else chosen // group
+        )
         part = call.replace(q=call.q[:, chosen], k=call.k[:, kv], v=call.v[:, kv])
-        got, _ = _select_and_compute(handle, part, own, ctx, around, None if sinks is None else sinks[chosen], 1 + members[0])
+        got, _ = _select_and_compute(
+            handle, part, own, ctx, around, None if sinks is None else sinks[chosen], 1 + members[0]
+        )
         out = out.index_copy(1, chosen, got)
     return out, None
 
 
 def _select_and_compute(
-    handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContext, around: Surroundings, sinks: Tensor | None, span: int
+    handle: Handle,
+    call: AttentionCall,
+    rule: Rule,
+    ctx: SelectContext,
+    around: Surroundings,
+    sinks: Tensor | None,
+    span: int,
 ) -> tuple[Tensor, Layout | None]:
     pattern = rule.pattern(ctx.decoding)
     slot = (ctx.layer_index, span)

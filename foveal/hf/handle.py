@@ -47,10 +47,17 @@ def foveal_attention(
     """The attention function registered as ``"foveal"`` in transformers."""
     stack = _attached(module)
     if not stack:
-        kwargs = {"dropout": dropout, "scaling": scaling, **({} if is_causal is None else {"is_causal": is_causal}), **kwargs}
+        kwargs = {
+            "dropout": dropout,
+            "scaling": scaling,
+            **({} if is_causal is None else {"is_causal": is_causal}),
+            **kwargs,
+        }
         found = _configs.get(id(getattr(module, "config", None)))
         if found is None:
-            raise UnsupportedError(f"{type(module).__name__} runs foveal's attention but no foveal.attach(...) is active; attach to the model that holds it.")
+            raise UnsupportedError(
+                f"{type(module).__name__} runs foveal's attention but no foveal.attach(...) is active; attach to the model that holds it."
+            )
         return original_forward(module, found[1], query, key, value, attention_mask, kwargs)
     return attend(stack[-1], module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
 
@@ -103,11 +110,15 @@ class Handle:
             for i, config in used.items():
                 known = _configs.get(i)
                 _configs[i] = (config, known[1], known[2] + 1) if known else (config, before[i], 1)
-                config._attn_implementation_internal = masks.NAME  # what set_attn_implementation writes, for this config alone
+                config._attn_implementation_internal = (
+                    masks.NAME
+                )  # what set_attn_implementation writes, for this config alone
                 self._configs.append(config)
             for site in self.sites.values():
                 _stacks.setdefault(site.module, []).append(weakref.ref(self))
-                self._hooks.append(site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True, prepend=True))
+                self._hooks.append(
+                    site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True, prepend=True)
+                )
                 self._hooks.append(site.module.register_forward_hook(self._after_attention))
             for owner in owners:
                 self._hooks.append(owner.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True))
@@ -223,7 +234,9 @@ class Handle:
         if not self._shared:
             return site.index
         if self.policy.layers and recompute.in_backward():
-            raise UnsupportedError("layers of this model share one module, so a checkpointed backward cannot tell them apart; use one rule for all layers.")
+            raise UnsupportedError(
+                "layers of this model share one module, so a checkpointed backward cannot tell them apart; use one rule for all layers."
+            )
         index = self.forward.calls % self.num_layers
         self.forward.calls += 1
         return index
@@ -234,7 +247,9 @@ class Handle:
             if self.forward.checkpointed or (module.training and recompute.inside_checkpoint()):
                 self._recomputable.add(module)
         elif module not in self._recomputable and any(module in other._recomputable for other in _attached(module)):
-            raise recompute.refuse(self.sites[module].name, "under another foveal.attach(...) than the one its forward ran in")
+            raise recompute.refuse(
+                self.sites[module].name, "under another foveal.attach(...) than the one its forward ran in"
+            )
 
     # --- results ----------------------------------------------------------------------------------------------------
 
@@ -303,5 +318,8 @@ def attach(
     handle = Handle(model, chosen, impl, measure, probes)
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
     if chosen.dtype and dtype and chosen.dtype != dtype:
-        warnings.warn(f"foveal: the policy was measured in {chosen.dtype} and the model runs in {dtype}; its figures may not hold.", stacklevel=2)
+        warnings.warn(
+            f"foveal: the policy was measured in {chosen.dtype} and the model runs in {dtype}; its figures may not hold.",
+            stacklevel=2,
+        )
     return handle._enter()

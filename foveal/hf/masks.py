@@ -76,7 +76,9 @@ class HostMask(torch.Tensor):
                     return None if whole is None else whole[..., :n]
 
                 return HostMask.make(self.base.crop_keys(n), self.shape[0], self.q_offset, self.owner, cut_rebuild)
-        raise UnsupportedError(f"the model indexes its attention mask with {index!r}, which foveal cannot follow; this model family is not supported.")
+        raise UnsupportedError(
+            f"the model indexes its attention mask with {index!r}, which foveal cannot follow; this model family is not supported."
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,7 +132,11 @@ def read_structure(mask_function: Callable[..., Tensor]) -> Structure:
 def _walk(fn: Callable[..., Tensor], out: Structure, remapped: bool) -> bool:
     assert out.opaque is not None
     name = getattr(fn, "__qualname__", "")
-    inside = dict(zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=True)) if hasattr(fn, "__code__") else {}
+    inside = (
+        dict(zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=True))
+        if hasattr(fn, "__code__")
+        else {}
+    )
     if getattr(fn, "__module__", "") != "transformers.masking_utils":
         out.opaque.append(fn)
         return not remapped
@@ -208,7 +214,9 @@ def build_base(
         chunk_start=found.chunk_start, valid=valid, segments=found.segments, kv_offset=kv_offset,
         predicate=every if opaque else None, device=device,
     )  # fmt: skip
-    if kv_offset and padding is not None and found.segments is None:  # padding that has rolled out of the cache counts too
+    if (
+        kv_offset and padding is not None and found.segments is None
+    ):  # padding that has rolled out of the cache counts too
         base.rank = _keys(padding, kv_len + kv_offset, 0, device).long().cumsum(-1)[:, kv_offset:] - 1  # type: ignore[union-attr]
     return base
 
@@ -241,15 +249,23 @@ def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask
         else:
             given |= {"q_length": q_length, "q_offset": offset, "device": device}
         if q_length is None:
-            raise UnsupportedError("transformers asked for a mask without a query length; this version of transformers is not supported.")
+            raise UnsupportedError(
+                "transformers asked for a mask without a query length; this version of transformers is not supported."
+            )
 
         def rebuild(implementation: str) -> Any:
             from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-            return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**given) if implementation in ALL_MASK_ATTENTION_FUNCTIONS else None
+            return (
+                ALL_MASK_ATTENTION_FUNCTIONS[implementation](**given)
+                if implementation in ALL_MASK_ATTENTION_FUNCTIONS
+                else None
+            )
 
         scalar = bool(kwargs.get("use_vmap", False))
-        base = build_base(q_length, kv_length, offset, kv_offset, mask_function, attention_mask, device or "cpu", scalar)
+        base = build_base(
+            q_length, kv_length, offset, kv_offset, mask_function, attention_mask, device or "cpu", scalar
+        )
         base.cache["predicate_batch"] = batch_size
         return HostMask.make(base, batch_size, offset, running(), rebuild)
 
@@ -269,7 +285,9 @@ def base_from_tensor(mask: Tensor, q_len: int, kv_len: int, shift: int, cross: b
         UnsupportedError: when it adds other numbers to the logits, or its shape does not fit.
     """
     if mask.dim() != 4 or mask.shape[-2] < q_len or mask.shape[-1] < kv_len:
-        raise UnsupportedError(f"attention_mask has shape {tuple(mask.shape)}; expected (batch, 1 or heads, {q_len}, {kv_len}), or a 2-D padding mask.")
+        raise UnsupportedError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected (batch, 1 or heads, {q_len}, {kv_len}), or a 2-D padding mask."
+        )
     mask = mask[..., :q_len, :kv_len]
     if mask.dtype != torch.bool:
         keep = mask == 0
@@ -282,7 +300,9 @@ def base_from_tensor(mask: Tensor, q_len: int, kv_len: int, shift: int, cross: b
         mask = keep
     if mask.shape[1] != 1:
         if not bool((mask == mask[:, :1]).all()):
-            raise UnsupportedError(f"the 4-D attention_mask differs between its {mask.shape[1]} heads; expected one mask for all heads.")
+            raise UnsupportedError(
+                f"the 4-D attention_mask differs between its {mask.shape[1]} heads; expected one mask for all heads."
+            )
         mask = mask[:, :1]
 
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class RequestStates:
         same = entry.keys() is tensor and (version < 0 or version == entry.version)
         return entry.state if same else None
 
-    def put(self, cache: Any, slot: tuple[int, int], state: State, seen: int, keys_now: tuple[Tensor, int] | None) -> None:
+    def put(
+        self, cache: Any, slot: tuple[int, int], state: State, seen: int, keys_now: tuple[Tensor, int] | None
+    ) -> None:
         """Remember what ``select`` returned; ``seen`` counts the tokens in the cache now."""
         if cache is None or state is None or keys_now is None:
             return

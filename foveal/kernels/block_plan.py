@@ -99,13 +99,10 @@ def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
         past_end[..., -1] = True  # keys past the end live in the last tile
         joint = joint.clamp(max=torch.where(past_end, PARTIAL, FULL).to(joint.dtype))
     nqb, nkb = joint.shape[2:]
-    joint = joint.expand(batch, -1, -1, -1)
-    grouped = joint.view(batch, kv_heads, group, nqb, nkb) if joint.shape[1] > 1 else joint[:, :, None]
-    shared = group > 1 and (joint.shape[1] == 1 or bool((grouped == grouped[:, :, :1]).all()))
-    if shared:
-        per_row = grouped[:, :, 0].expand(batch, kv_heads, nqb, nkb).reshape(-1, nkb)
-    else:
-        per_row = joint.expand(batch, heads, nqb, nkb).reshape(-1, nkb)
+    own = kinds.view(kinds.shape[0], kv_heads, group, nqb, nkb) if kinds.shape[1] > 1 else kinds[:, :, None]
+    shared = group > 1 and (kinds.shape[1] == 1 or bool((own == own[:, :, :1]).all()))
+    step = group if shared and kinds.shape[1] > 1 else 1
+    per_row = joint[:, ::step].expand(batch, kv_heads if shared else heads, nqb, nkb).reshape(-1, nkb)
     code = (per_row == FULL).sum(-1) * (nkb + 1) + (per_row == PARTIAL).sum(-1)
     rows = torch.argsort(code, stable=True)
     order = torch.argsort(per_row[rows], dim=-1, descending=True, stable=True).to(torch.int32)

@@ -30,8 +30,8 @@ def refusals(call: AttentionCall) -> list[str]:
     return []
 
 
-def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``."""
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``; lse may be None when it was not asked for."""
     layout = call.layout
     if 0 in (call.q.shape[0], call.base.q_len, call.base.kv_len):
         return _nothing(call)

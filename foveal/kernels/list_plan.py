@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.layouts import KeySelection
 from .call import AttentionCall, compute_dtype, relative_index
-from .ragged import LOG2_E, Batch, Plan, split_rows
+from .ragged import LOG2_E, Batch, Plan, scratch, split_rows
 
 
 def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
@@ -108,63 +108,68 @@ def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tenso
 # --- one new token -------------------------------------------------------------------------------------------------
 
 
-def one_row(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor] | None:
-    """``(out, lse)`` of a single query row, for inference; None when the call needs the general path.
+def one_row(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor | None] | None:
+    """``(out, lse or None)`` of a single query row, for inference; None when the call needs the general path.
 
     The cache is read in place, whatever its strides: only the listed keys are copied.
     """
-    base = call.base
-    if (
-        base.q_len != 1
-        or call.needs_grad
-        or call.bias is not None
-        or call.softcap is not None
-        or base.predicate is not None
-    ):
+    base, width = call.base, layout.index.shape[3]
+    if base.q_len != 1 or width == 0 or call.needs_grad or call.bias is not None or base.predicate is not None:
         return None
     index = layout.index[:, :, 0]  # (B or 1, listed heads, K)
     batch, kv_heads = call.q.shape[0], call.k.shape[1]
     row_heads, per_row = _row_heads(call, layout)
-    if index.shape[-1] == 0:
-        return None
-    dtype = compute_dtype(call.q.dtype)
+    count, dtype = batch * row_heads, compute_dtype(call.q.dtype)
     lo, hi = _bounds(call, layout)
     hidden = (index >= hi[:, :1, None]) | (index < lo[:, :1, None])
     index = index.clamp(min=0)
     if base.valid is not None:
         rows = torch.arange(base.valid.shape[0], device=index.device)[:, None, None]
         hidden = hidden | ~base.valid[rows, index]
-    count = batch * row_heads
-    kg, vg = (
-        _listed_rows(x, index, row_heads // kv_heads).view(count, index.shape[-1], -1).to(dtype)
-        for x in (call.k, call.v)
-    )
-    qg = call.q.reshape(count, per_row, -1).to(dtype)
-    s = qg.new_empty(count, per_row, index.shape[-1])
-    torch.baddbmm(s, qg, kg.transpose(1, 2), beta=0, alpha=call.scale * LOG2_E, out=s)
     blind = hidden.device.type != "cpu" or bool(hidden.any())
-    if blind:
-        s.view(batch, row_heads, per_row, -1).masked_fill_(hidden[:, :, None], -torch.inf)
-    top = s.amax(-1, keepdim=True)
-    s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top).exp2_()
-    norm = s.sum(-1, keepdim=True).clamp_(min=1.0)
-    out = torch.bmm(s, vg).div_(norm).view(*call.q.shape[:3], -1).to(call.q.dtype)
-    return out, norm.log2_().add_(top).div_(LOG2_E).view(call.q.shape[:3])
+    index = index.view(index.shape[0], -1, row_heads // kv_heads if index.shape[1] == row_heads else 1, width)
+    k, v = _whole_rows(call.k), _whole_rows(call.v)
+    k_rows = _listed_rows(k, index)
+    v_rows = k_rows if v.shape == k.shape and v.stride() == k.stride() else _listed_rows(v, index)
+    with scratch(call.q.device) as buffers:
+        kg = buffers.take("k", _memory_rows(k), k_rows.view(count, width), dtype, call.k.shape[3])
+        vg = buffers.take("v", _memory_rows(v), v_rows.view(count, width), dtype, call.v.shape[3])
+        s = buffers.get("scores", (count, per_row, width), dtype)
+        alpha = call.scale * LOG2_E if call.softcap is None else call.scale / call.softcap
+        torch.baddbmm(s, call.q.reshape(count, per_row, -1).to(dtype), kg.transpose(1, 2), beta=0, alpha=alpha, out=s)
+        if call.softcap is not None:
+            s.tanh_().mul_(call.softcap * LOG2_E)
+        if blind:
+            s.view(batch, row_heads, per_row, width).masked_fill_(hidden[:, :, None], -torch.inf)
+        top = s.amax(-1, keepdim=True)
+        s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top).exp2_()
+        norm = s.sum(-1, keepdim=True).clamp_(min=1.0)  # at least 1 in every row that sees a key
+        out = torch.bmm(s, vg).div_(norm).view(*call.q.shape[:3], -1).to(call.q.dtype)
+    return out, norm.log2_().add_(top).mul_(1 / LOG2_E).view(call.q.shape[:3]) if call.return_lse else None
 
 
-def _listed_rows(x: Tensor, index: Tensor, repeat: int) -> Tensor:
-    """Rows of ``x`` ``(B, Hkv, Nk, C)`` named by ``index`` ``(B or 1, 1 or heads, K)``, flattened over ``(B, heads, K)``.
+def _whole_rows(x: Tensor) -> Tensor:
+    """``x`` ``(B, H, N, C)``, copied only if its steps are not whole rows of C numbers."""
+    fits = x.stride(3) == 1 and all(
+        n == 1 or step % x.shape[3] == 0 for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+    return x if fits else x.contiguous()
 
-    ``repeat``: lists per key head (1, or the query heads that share it).
+
+def _memory_rows(x: Tensor) -> Tensor:
+    """``(rows, C)`` view of all memory that ``x`` spans."""
+    last = sum((n - 1) * (step // x.shape[3]) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return x.as_strided((last + 1, x.shape[3]), (x.shape[3], 1))
+
+
+def _listed_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Where the listed keys lie in ``_memory_rows(x)``, ``(B, Hkv, lists per key head, K)``.
+
+    ``index``: ``(B or 1, Hkv or 1, lists per key head, K)``.
     """
-    width = x.shape[3]
-    steps = [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    if x.stride(3) != 1 and width > 1 or any(s % width for s in steps):
-        x = x.contiguous()
-        steps = list(x.stride()[:3])
-    per_b, per_h, per_n = (s // width for s in steps)
-    last = sum((n - 1) * s for n, s in zip(x.shape[:3], (per_b, per_h, per_n), strict=True))
-    flat = x.as_strided((last + 1, width), (width, 1))
-    b = torch.arange(x.shape[0], device=x.device)[:, None, None] * per_b
-    h = torch.arange(x.shape[1], device=x.device).repeat_interleave(repeat)[:, None] * per_h
-    return flat.index_select(0, (index * per_n + (b + h)).view(-1))
+    batch, heads = x.shape[:2]
+    per_b, per_h, per_n = (step // x.shape[3] for step in x.stride()[:3])
+    first = torch.arange(heads, device=x.device).mul_(per_h).view(heads, 1, 1)
+    if batch > 1:
+        first = first + torch.arange(batch, device=x.device).mul_(per_b).view(batch, 1, 1, 1)
+    return (index if per_n == 1 else index * per_n) + first

@@ -11,7 +11,9 @@ Inside, logits are in base 2 (``log2(e)`` is folded into the matrix product): ``
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,10 @@ from .call import compute_dtype
 LOG2_E = 1.0 / math.log(2.0)
 CONVERT_READS = 2
 """Keys and values in half precision are converted as a whole when each is read at least this often on average."""
+
+
+KEPT_BYTES = 1 << 24
+"""Scratch memory that a thread keeps between calls, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +74,25 @@ class Scores:
     softcap: float | None = None
 
 
-class _Buffers:
-    """Scratch memory, reused between batches of one pass (batches differ in size, never in role)."""
+class Buffers:
+    """Scratch memory by role, reused between batches of one pass (batches differ in size, never in role)."""
 
     def __init__(self, device: torch.device) -> None:
-        self._store: dict[str, Tensor] = {}
+        self._store: dict[tuple[str, torch.dtype], Tensor] = {}
         self._device = device
 
     def get(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory of this shape; what ``role`` held before is gone."""
         size = math.prod(shape)
-        flat = self._store.get(role)
+        flat = self._store.get((role, dtype))
         if flat is None or flat.numel() < size:
-            flat = self._store[role] = torch.empty(size, dtype=dtype, device=self._device)
+            with torch.inference_mode(False):  # so that later calls in any mode may write into it
+                flat = self._store[role, dtype] = torch.empty(size, dtype=dtype, device=self._device)
         return flat[:size].view(shape)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._store.values())
 
     def take(self, role: str, source: Tensor, rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
         """Row units ``rows`` ``(R, units)`` of ``source`` ``(all_units, unit·C)`` as ``(R, units·unit, C = width)`` in ``dtype``."""
@@ -90,6 +102,22 @@ class _Buffers:
         if source.dtype != dtype:
             out = self.get(role + " converted", (flat.shape[0], source.shape[1]), dtype).copy_(out)
         return out.view(rows.shape[0], -1, width)
+
+
+_kept = threading.local()
+
+
+@contextmanager
+def scratch(device: torch.device) -> Iterator[Buffers]:
+    """Buffers for one pass. On CPU small ones stay with the thread: touching fresh memory costs more than a small attention."""
+    buffers = getattr(_kept, "buffers", None) if device.type == "cpu" else None
+    _kept.buffers = None  # a call inside this one gets its own
+    buffers = Buffers(device) if buffers is None else buffers
+    try:
+        yield buffers
+    finally:
+        if device.type == "cpu" and buffers.bytes <= KEPT_BYTES:
+            _kept.buffers = buffers
 
 
 def _pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:
@@ -110,7 +138,7 @@ def _pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start:
 
 
 def _logits(
-    buffers: _Buffers,
+    buffers: Buffers,
     qg: Tensor,
     kg: Tensor,
     batch: Batch,
@@ -152,22 +180,22 @@ class _Ragged(torch.autograd.Function):
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
         kf, vf = _key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
-        buffers = _Buffers(q.device)
-        for batch in plan.batches():
-            qg = buffers.take("q", qf, batch.q_rows, dtype, d)
-            kg = buffers.take("k", kf, batch.k_rows, dtype, d)
-            vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-            s, _ = _logits(buffers, qg, kg, batch, scores, flat_table)
-            top = s.amax(-1, keepdim=True)
-            floor = top
-            if batch.hide is not None or batch.bias is not None:
-                floor = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing gets weights 0, not NaN
-            s.sub_(floor).exp2_()
-            norm = s.sum(-1, keepdim=True).clamp_(min=1.0)  # at least 1 in every row that sees a key
-            og = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype)).div_(norm)
-            where = batch.q_rows.reshape(-1)
-            of.index_copy_(0, where, og.view(where.shape[0], -1).to(q.dtype))
-            lf.index_copy_(0, where, norm.log2_().add_(top).div_(LOG2_E).view(where.shape[0], -1))
+        with scratch(q.device) as buffers:
+            for batch in plan.batches():
+                qg = buffers.take("q", qf, batch.q_rows, dtype, d)
+                kg = buffers.take("k", kf, batch.k_rows, dtype, d)
+                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
+                s, _ = _logits(buffers, qg, kg, batch, scores, flat_table)
+                top = s.amax(-1, keepdim=True)
+                floor = top
+                if batch.hide is not None or batch.bias is not None:
+                    floor = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing gets weights 0, not NaN
+                s.sub_(floor).exp2_()
+                norm = s.sum(-1, keepdim=True).clamp_(min=1.0)  # at least 1 in every row that sees a key
+                og = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype)).div_(norm)
+                where = batch.q_rows.reshape(-1)
+                of.index_copy_(0, where, og.view(where.shape[0], -1).to(q.dtype))
+                lf.index_copy_(0, where, norm.log2_().add_(top).mul_(1 / LOG2_E).view(where.shape[0], -1))
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.plan, ctx.scores = plan, scores
         return out, lse
@@ -192,30 +220,30 @@ class _Ragged(torch.autograd.Function):
         qf, gof = q.view(-1, plan.q_unit * d), grad_out.view(-1, plan.q_unit * dv)
         kf, vf = _key_units(k, v, plan, dtype)
         gqf, gkf, gvf = gq.view(-1, plan.q_unit * d), gk.view(-1, plan.k_unit * d), gv.view(-1, plan.k_unit * dv)
-        buffers = _Buffers(q.device)
-        for batch in plan.batches():
-            r = batch.q_rows.shape[0]
-            where, source = batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
-            qg = buffers.take("q", qf, batch.q_rows, dtype, d)
-            kg = buffers.take("k", kf, batch.k_rows, dtype, d)
-            vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-            go = buffers.take("grad_out", gof, batch.q_rows, dtype, dv)
-            s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
-            p = s.exp2_()
-            part = torch.bmm(p.transpose(1, 2), go, out=buffers.get("grad_v", tuple(vg.shape), dtype))
-            gvf.index_add_(0, source, part.view(source.shape[0], -1))
-            ds = buffers.get("grad_scores", tuple(s.shape), dtype)
-            _pair_products(go, vg, ds, start=rows_term[where].view(r, -1, 1)).mul_(p)
-            if gt is not None and batch.bias is not None:
-                gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
-            if tanh is not None:
-                ds.mul_(tanh.square_().neg_().add_(1))
-            part = buffers.get("grad_q", tuple(qg.shape), dtype)
-            torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
-            gqf.index_copy_(0, where, part.view(where.shape[0], -1))
-            part = buffers.get("grad_k", tuple(kg.shape), dtype)
-            torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part)
-            gkf.index_add_(0, source, part.view(source.shape[0], -1))
+        with scratch(q.device) as buffers:
+            for batch in plan.batches():
+                r = batch.q_rows.shape[0]
+                where, source = batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
+                qg = buffers.take("q", qf, batch.q_rows, dtype, d)
+                kg = buffers.take("k", kf, batch.k_rows, dtype, d)
+                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
+                go = buffers.take("grad_out", gof, batch.q_rows, dtype, dv)
+                s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
+                p = s.exp2_()
+                part = torch.bmm(p.transpose(1, 2), go, out=buffers.get("grad_v", tuple(vg.shape), dtype))
+                gvf.index_add_(0, source, part.view(source.shape[0], -1))
+                ds = buffers.get("grad_scores", tuple(s.shape), dtype)
+                _pair_products(go, vg, ds, start=rows_term[where].view(r, -1, 1)).mul_(p)
+                if gt is not None and batch.bias is not None:
+                    gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
+                if tanh is not None:
+                    ds.mul_(tanh.square_().neg_().add_(1))
+                part = buffers.get("grad_q", tuple(qg.shape), dtype)
+                torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
+                gqf.index_copy_(0, where, part.view(where.shape[0], -1))
+                part = buffers.get("grad_k", tuple(kg.shape), dtype)
+                torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part)
+                gkf.index_add_(0, source, part.view(source.shape[0], -1))
         table_grad = None if gt is None or table is None else gt.view(table.shape).to(table.dtype)
         return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype), table_grad, None, None
 

@@ -60,6 +60,7 @@ def _row(
     rise, rise_span = increase(quality["nll"], dense["quality"][0]["nll"])
     late, late_span = increase(decoding["nll"], dense["decoding"][0]["nll"])
     tail = len(decoding["nll"])
+    gap, gap_span = increase(decoding["nll"], quality["nll"][-tail:])  # the same tokens, cached against teacher-forced
     return {
         "name": candidate.name,
         "kind": candidate.kind,
@@ -76,10 +77,11 @@ def _row(
         "ppl_increase": rise,
         "ppl_increase_interval": rise_span,
         "tail_ppl": perplexity(quality["nll"][-tail:]),
-        "tail_ppl_increase": increase(quality["nll"][-tail:], dense["quality"][0]["nll"][-tail:])[0],
         "decode_ppl": perplexity(decoding["nll"]),
         "decode_ppl_increase": late,
         "decode_ppl_increase_interval": late_span,
+        "decode_gap": gap,
+        "decode_gap_interval": gap_span,
         "kl": quality["kl"],
         "needle": sum(retrieval["hits"]) / len(retrieval["hits"]) if informative else "uninformative",
         "needle_hits": _hits(retrieval["hits"]),

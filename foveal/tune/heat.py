@@ -189,7 +189,8 @@ def _scale(
     positive = [v for v in known if v > 0]
     logarithmic = logarithmic and bool(positive)
     if logarithmic:
-        low, high = min(positive), max(positive)
+        high = max(positive)
+        low = min(*positive, high / 2)  # at least a factor of two, so that small differences look small
     else:
         low, high = (0.0, 1.0) if share else (min(0.0, *known), max(known))
     if high <= low:

@@ -79,7 +79,7 @@ def place_labels(
             dropped.append(mark.name)
             continue
         _, box, leader = best
-        blocked.append(box)
+        blocked.append((box[0] - 6, box[1], box[2] + 6, box[3]))
         if leader is not None:
             leaders.append(leader)
         labels.append(Label(mark.name, box[0], box[3] - 4, mark.kind, leader))

@@ -129,7 +129,7 @@ def _x_axis(speeds: Iterable[float], frame: Box) -> tuple[Callable[[float], floa
         inside = [t for t in ladder if low <= math.log2(t) <= high]
         if len(inside) >= 4:
             break
-    return place, _spaced([(place(t), f"{t:g}×") for t in sorted(inside, key=lambda t: abs(math.log2(t)))], 44)
+    return place, _spaced([(place(t), f"{t:.3g}×") for t in sorted(inside, key=lambda t: abs(math.log2(t)))], 44)
 
 
 def _y_axis(

@@ -82,7 +82,11 @@ def needle(run: Mapping[str, Any]) -> str:
 
 
 def decode_gap(candidate: Mapping[str, Any]) -> bool:
-    """True when the intervals of the teacher-forced and the decode increase do not touch (False when either is unknown)."""
+    """True when cached decoding and teacher forcing disagree: on the same tokens beyond the paired interval and a tenth of a
+    per cent, or, in results without that figure, when the intervals of the two increases do not touch."""
+    paired = interval(candidate.get("decode_gap_interval"))
+    if paired is not None:
+        return (paired[0] > 0 or paired[1] < 0) and abs(sum(paired)) / 2 >= 1e-3
     forced = interval(candidate.get("ppl_increase_interval"))
     decode = interval(candidate.get("decode_ppl_increase_interval"))
     return forced is not None and decode is not None and (forced[0] > decode[1] or decode[0] > forced[1])

@@ -27,14 +27,14 @@ def test_names_and_classes_agree() -> None:
 
 
 def test_unknown_names_get_a_hint() -> None:
-    with pytest.raises(ConfigError, match="layer 3: unknown pattern 'sliding_windw'. Did you mean 'sliding_window'?"):
+    with pytest.raises(ConfigError, match=r"layer 3: unknown pattern 'sliding_windw'. Did you mean 'sliding_window'?"):
         registry.lookup("pattern", "sliding_windw", "layer 3")
     with pytest.raises(AttributeError, match="no attribute 'SlidingWindw'"):
         _ = patterns.SlidingWindw  # type: ignore[attr-defined]
 
 
 def test_a_name_belongs_to_one_class() -> None:
-    with pytest.raises(ConfigError, match="pattern 'dense' is registered twice.*rename"):
+    with pytest.raises(ConfigError, match=r"pattern 'dense' is registered twice.*rename"):
         registry.register("pattern", "dense")(type("Other", (), {}))
     assert patterns.names()["dense"].__name__ == "Dense"
 

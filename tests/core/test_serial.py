@@ -85,7 +85,7 @@ def test_where_leads_to_the_place_in_a_file() -> None:
 
 
 def test_construction_checks_types_too() -> None:
-    with pytest.raises(ConfigError, match="Outer.mode is 'no'"):
+    with pytest.raises(ConfigError, match=r"Outer.mode is 'no'"):
         Outer(1, mode="no")  # type: ignore[arg-type]
     assert Outer(1, spans=[1, 2]).spans == (1, 2)  # type: ignore[arg-type]
 

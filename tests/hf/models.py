@@ -19,10 +19,20 @@ VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, WINDOW = 61, 32, 3, 4, 2, 7
 
 _SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_DECODER = {**_SIZES, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 512}
+_DECODER = {
+    **_SIZES,
+    **_TOKENS,
+    "intermediate_size": 48,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 512,
+}
 _HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
 _ENCODER = {**_SIZES, "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0}
-_IMAGE = {k: v for k, v in _SIZES.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 4, "intermediate_size": 48}
+_IMAGE = {k: v for k, v in _SIZES.items() if k != "vocab_size"} | {
+    "image_size": 16,
+    "patch_size": 4,
+    "intermediate_size": 48,
+}
 _VISION_TOWER = {**_IMAGE, "num_hidden_layers": 2, "projection_dim": 16}
 
 
@@ -51,15 +61,28 @@ def _clip() -> tuple[type, Any]:
 
 
 def _gemma3_vision() -> tuple[type, Any]:
-    text = hf.Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=8)
+    text = hf.Gemma3TextConfig(
+        **_DECODER, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=8
+    )
     tower = hf.SiglipVisionConfig(**_IMAGE, vision_use_head=False)
     return hf.Gemma3ForConditionalGeneration, hf.Gemma3Config(
-        text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_id=5, boi_token_index=6, eoi_token_index=7
+        text_config=text,
+        vision_config=tower,
+        mm_tokens_per_image=4,
+        image_token_id=5,
+        boi_token_index=6,
+        eoi_token_index=7,
     )
 
 
 def _bart() -> tuple[type, Any]:
-    sizes = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": LAYERS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes = {
+        "d_model": HIDDEN,
+        "encoder_layers": 2,
+        "decoder_layers": LAYERS,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+    }
     heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
     special = {"decoder_start_token_id": 2, "forced_eos_token_id": None}
     return hf.BartForConditionalGeneration, hf.BartConfig(
@@ -68,11 +91,19 @@ def _bart() -> tuple[type, Any]:
 
 
 def _whisper() -> tuple[type, Any]:
-    sizes = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": LAYERS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes = {
+        "d_model": HIDDEN,
+        "encoder_layers": 2,
+        "decoder_layers": LAYERS,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+    }
     heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
     lengths = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 128}
     special = {"decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}
-    return hf.WhisperForConditionalGeneration, hf.WhisperConfig(vocab_size=VOCAB, **sizes, **heads, **lengths, **_TOKENS, **special)
+    return hf.WhisperForConditionalGeneration, hf.WhisperConfig(
+        vocab_size=VOCAB, **sizes, **heads, **lengths, **_TOKENS, **special
+    )
 
 
 FAMILIES: dict[str, Family] = {
@@ -98,7 +129,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(
         lambda: (
             hf.Gemma3ForCausalLM,
-            hf.Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=8),
+            hf.Gemma3TextConfig(
+                **_DECODER, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=8
+            ),
         ),
         rolls=True,
     ),
@@ -132,7 +165,13 @@ FAMILIES: dict[str, Family] = {
         lambda: (
             hf.GptOssForCausalLM,
             hf.GptOssConfig(
-                **_DECODER, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, head_dim=8, sliding_window=WINDOW, layer_types=_HYBRID, num_local_experts=2, num_experts_per_tok=1
+                **_DECODER,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                head_dim=8,
+                sliding_window=WINDOW,
+                layer_types=_HYBRID,
+                num_local_experts=2,
+                num_experts_per_tok=1,
             ),
         ),
         rolls=True,
@@ -153,19 +192,31 @@ FAMILIES: dict[str, Family] = {
     ),
     "bert": Family(lambda: (hf.BertForMaskedLM, hf.BertConfig(**_ENCODER)), "encoder", cache=False),
     "albert": Family(
-        lambda: (hf.AlbertForMaskedLM, hf.AlbertConfig(**_ENCODER, embedding_size=16, inner_group_num=1)), "encoder", cache=False
+        lambda: (hf.AlbertForMaskedLM, hf.AlbertConfig(**_ENCODER, embedding_size=16, inner_group_num=1)),
+        "encoder",
+        cache=False,
     ),
     "modernbert": Family(
         lambda: (
             hf.ModernBertForMaskedLM,
-            hf.ModernBertConfig(**_ENCODER, local_attention=WINDOW - 1, layer_types=_HYBRID, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2),
+            hf.ModernBertConfig(
+                **_ENCODER,
+                local_attention=WINDOW - 1,
+                layer_types=_HYBRID,
+                cls_token_id=1,
+                sep_token_id=2,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
         ),
         "encoder",
         cache=False,
     ),
     "vit": Family(lambda: (hf.ViTModel, hf.ViTConfig(**_IMAGE)), "vision", cache=False),
     "dinov2": Family(
-        lambda: (hf.Dinov2Model, hf.Dinov2Config(**{k: v for k, v in _IMAGE.items() if k != "intermediate_size"})), "vision", cache=False
+        lambda: (hf.Dinov2Model, hf.Dinov2Config(**{k: v for k, v in _IMAGE.items() if k != "intermediate_size"})),
+        "vision",
+        cache=False,
     ),
     "clip_vision": Family(lambda: (hf.CLIPVisionModel, hf.CLIPVisionConfig(**_IMAGE)), "vision", cache=False),
     "bart": Family(_bart, "encoder-decoder", layers=5),
@@ -177,13 +228,18 @@ FAMILIES: dict[str, Family] = {
 REFUSED: dict[str, Callable[[], tuple[type, Any]]] = {
     "t5": lambda: (
         hf.T5ForConditionalGeneration,
-        hf.T5Config(vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=HEADS, decoder_start_token_id=0),
+        hf.T5Config(
+            vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=HEADS, decoder_start_token_id=0
+        ),
     ),
     "mamba": lambda: (
         hf.MambaForCausalLM,
         hf.MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4),
     ),
-    "bloom": lambda: (hf.BloomForCausalLM, hf.BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=2, n_head=HEADS)),
+    "bloom": lambda: (
+        hf.BloomForCausalLM,
+        hf.BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=2, n_head=HEADS),
+    ),
 }
 
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]

@@ -72,7 +72,10 @@ def test_dense_over_several_tiles_reproduces_the_eager_logits() -> None:
 def test_all_self_attention_layers_are_counted_and_reached(name: str) -> None:
     seen: list[tuple[int, str]] = []
     model = build(name)
-    with foveal.attach(model, Dense(), probes=[lambda e: seen.append((e.layer_index, e.role))]) as handle, torch.no_grad():
+    with (
+        foveal.attach(model, Dense(), probes=[lambda e: seen.append((e.layer_index, e.role))]) as handle,
+        torch.no_grad(),
+    ):
         assert handle.num_layers == FAMILIES[name].layers
         output(model, **inputs(name))
     assert [i for i, role in seen if role == "self"] == list(range(FAMILIES[name].layers))
@@ -83,12 +86,21 @@ def test_all_self_attention_layers_are_counted_and_reached(name: str) -> None:
 def test_layers_that_share_modules_are_counted_as_they_run() -> None:
     import transformers as hf
 
-    sizes = {"vocab_size": 61, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "embedding_size": 16,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+    }
     for groups, inner in ((1, 1), (1, 2), (2, 2), (4, 1)):
         config = hf.AlbertConfig(**sizes, num_hidden_layers=4, num_hidden_groups=groups, inner_group_num=inner)
         model = models.fill(hf.AlbertModel(config).eval())
         seen: list[int] = []
-        with foveal.attach(model, Dense(), probes=[lambda e, seen=seen: seen.append(e.layer_index)]) as handle, torch.no_grad():
+        with (
+            foveal.attach(model, Dense(), probes=[lambda e, seen=seen: seen.append(e.layer_index)]) as handle,
+            torch.no_grad(),
+        ):
             for _ in range(2):
                 model(input_ids=tokens(1, 8))
         assert handle.num_layers == 4 * inner
@@ -102,7 +114,9 @@ def test_a_window_on_llama_is_mistral() -> None:
     import transformers as hf
 
     llama = build("llama")
-    same = hf.MistralConfig(**{**llama.config.to_dict(), "model_type": "mistral", "sliding_window": 7, "head_dim": None})
+    same = hf.MistralConfig(
+        **{**llama.config.to_dict(), "model_type": "mistral", "sliding_window": 7, "head_dim": None}
+    )
     mistral = hf.MistralForCausalLM._from_config(same, attn_implementation="eager").eval()
     mistral.load_state_dict(llama.state_dict())
     for length in (5, 7, 8, 40, 150):
@@ -180,7 +194,11 @@ def test_a_pattern_that_declares_its_look_ahead_reads_exactly_that_far(look_ahea
 def fingerprint(model: Any) -> dict[str, Any]:
     """Everything of a model that foveal touches."""
     hooks = {n: (list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in model.named_modules()}
-    configs = {n: (m.config._attn_implementation, vars(m.config).copy()) for n, m in model.named_modules() if hasattr(m, "config")}
+    configs = {
+        n: (m.config._attn_implementation, vars(m.config).copy())
+        for n, m in model.named_modules()
+        if hasattr(m, "config")
+    }
     return {"hooks": hooks, "configs": configs, "modules": [(n, type(m)) for n, m in model.named_modules()]}
 
 
@@ -207,7 +225,10 @@ def test_leaving_after_an_exception_inside_the_forward() -> None:
         if event.layer_index == 1:
             raise RuntimeError("from a probe")
 
-    with pytest.raises(RuntimeError, match="from a probe"), foveal.attach(model, SlidingWindow(window=2), probes=[explode]):
+    with (
+        pytest.raises(RuntimeError, match="from a probe"),
+        foveal.attach(model, SlidingWindow(window=2), probes=[explode]),
+    ):
         model(**given)
     assert fingerprint(model) == before
     assert torch.equal(model(**given).logits, expected)
@@ -399,7 +420,8 @@ def test_inference_mode(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, d) for n in ("llama", "gpt_oss", "gemma2") for d in (torch.bfloat16, torch.float16)] + [("llama", torch.float64)],
+    [(n, d) for n in ("llama", "gpt_oss", "gemma2") for d in (torch.bfloat16, torch.float16)]
+    + [("llama", torch.float64)],
 )
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     given = inputs(name)

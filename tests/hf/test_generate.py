@@ -168,7 +168,13 @@ def test_state_is_carried_from_step_to_step(log: list[str], kind: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
 def test_beam_search_rebuilds_the_state_of_reordered_caches(log: list[str], name: str, kind: str) -> None:
     model, given = build(name), inputs(name, length=9)
-    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 4, "num_return_sequences": 4, "cache_implementation": kind}
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "num_beams": 4,
+        "num_return_sequences": 4,
+        "cache_implementation": kind,
+    }
     if name == "bart":
         given.pop("decoder_input_ids")
     with foveal.attach(model, BlockSums(remember=False)):
@@ -228,7 +234,11 @@ def test_a_reset_static_cache_starts_anew(pattern: Pattern) -> None:
         cache = new_cache("static", model)
         feed(model, tokens(2, 12, seed=5), cache)
         cache.reset()
-        got = [feed(model, ids[:, :10], cache), feed(model, ids[:, 10:11], cache, 10), feed(model, ids[:, 11:], cache, 11)]
+        got = [
+            feed(model, ids[:, :10], cache),
+            feed(model, ids[:, 10:11], cache, 10),
+            feed(model, ids[:, 11:], cache, 11),
+        ]
         assert_close(torch.cat(got, 1), expected, TOLERANCE)
 
 

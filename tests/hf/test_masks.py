@@ -67,7 +67,10 @@ TREES: dict[str, tuple[Callable[..., Any], bool]] = {
     "causal or image, one by one": (host.or_masks(host.causal_mask_function, image_block), True),
     "causal and not image": (host.and_masks(host.causal_mask_function, lambda b, h, q, k: q - k != 2), False),
     "window and padding": (
-        host.and_masks(host.sliding_window_causal_mask_function(5), host.padding_mask_function(torch.arange(99)[None].repeat(2, 1) > 2)),
+        host.and_masks(
+            host.sliding_window_causal_mask_function(5),
+            host.padding_mask_function(torch.arange(99)[None].repeat(2, 1) > 2),
+        ),
         False,
     ),
 }
@@ -78,7 +81,9 @@ PLACES = [(12, 12, 0, 0), (4, 12, 8, 0), (1, 12, 11, 0), (4, 20, 8, 0), (1, 20, 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("tree", TREES)
-def test_every_tree_of_mask_functions_is_read_exactly(tree: str, place: tuple[int, int, int, int], padding: str) -> None:
+def test_every_tree_of_mask_functions_is_read_exactly(
+    tree: str, place: tuple[int, int, int, int], padding: str
+) -> None:
     q_len, kv_len, q_offset, kv_offset = place
     fn, scalar = TREES[tree]
     pads = None
@@ -91,7 +96,9 @@ def test_every_tree_of_mask_functions_is_read_exactly(tree: str, place: tuple[in
     assert torch.equal(base.dense(2), expected)
 
 
-@pytest.mark.parametrize("fn", [host.causal_mask_function, host.sliding_window_causal_mask_function(3)], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    "fn", [host.causal_mask_function, host.sliding_window_causal_mask_function(3)], ids=["causal", "window"]
+)
 def test_packed_documents_are_read_exactly(fn: Callable[..., Any]) -> None:
     numbers = torch.cat([documents(5, 1, 6), documents(2, 8, 2)])
     for rows in (numbers[:1], numbers[1:]):
@@ -104,7 +111,15 @@ def test_packed_documents_are_read_exactly(fn: Callable[..., Any]) -> None:
 
 def test_known_trees_need_no_predicate() -> None:
     closed = [name for name, (fn, _) in TREES.items() if not read_structure(fn).opaque]
-    assert closed == ["causal", "window", "window of one", "both directions", "window, both directions", "chunks", "window and padding"]
+    assert closed == [
+        "causal",
+        "window",
+        "window of one",
+        "both directions",
+        "window, both directions",
+        "chunks",
+        "window and padding",
+    ]
 
 
 def test_an_unknown_function_is_kept_as_it_is() -> None:
@@ -123,14 +138,21 @@ def test_ranks_count_real_tokens_also_in_a_rolling_cache() -> None:
         for b, left in enumerate((0, 4, 9)):
             expected = [j - left for j in range(kv_offset, 12)]
             real = [j >= left for j in range(kv_offset, 12)]
-            assert [r for r, ok in zip(base.rank[b].tolist(), real, strict=True) if ok] == [e for e in expected if e >= 0]
+            assert [r for r, ok in zip(base.rank[b].tolist(), real, strict=True) if ok] == [
+                e for e in expected if e >= 0
+            ]
 
 
 # --- the object that stands in for the mask ------------------------------------------------------------------------
 
 
 def make(kv_len: int = 12, q_len: int = 12, batch: int = 2, **extra: Any) -> HostMask:
-    arguments = {"batch_size": batch, "kv_length": kv_len, "mask_function": host.causal_mask_function, "dtype": torch.float32}
+    arguments = {
+        "batch_size": batch,
+        "kv_length": kv_len,
+        "mask_function": host.causal_mask_function,
+        "dtype": torch.float32,
+    }
     return mask_function_for_host(lambda: None)(**arguments, **positions(q_len, kv_len - q_len), **extra)
 
 
@@ -166,7 +188,18 @@ def test_the_host_mask_looks_like_a_tensor_to_generate() -> None:
     assert mask[:, :, :, :12] is mask
 
 
-@pytest.mark.parametrize("use", [lambda m: m + 1.0, lambda m: ~m, lambda m: m.float(), lambda m: torch.where(m, 0.0, 1.0), lambda m: m.mT, lambda m: m.data, lambda m: m.clone()])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m + 1.0,
+        lambda m: ~m,
+        lambda m: m.float(),
+        lambda m: torch.where(m, 0.0, 1.0),
+        lambda m: m.mT,
+        lambda m: m.data,
+        lambda m: m.clone(),
+    ],
+)
 def test_arithmetic_on_the_host_mask_is_refused(use: Callable[[Tensor], Any]) -> None:
     with pytest.raises(UnsupportedError, match=r"an attention that is not foveal's received foveal's mask"):
         use(make())
@@ -269,7 +302,9 @@ def test_packed_documents_equal_separate_ones_without_a_cache(name: str, pattern
 
 @pytest.mark.parametrize("lengths", [(9, 14), (1, 1, 5)])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3", "gpt_oss"])
-def test_packed_documents_with_a_cache_are_refused_and_the_way_out_is_named(name: str, lengths: tuple[int, ...]) -> None:
+def test_packed_documents_with_a_cache_are_refused_and_the_way_out_is_named(
+    name: str, lengths: tuple[int, ...]
+) -> None:
     model, given = build(name), packed_inputs(lengths)
     with torch.no_grad(), foveal.attach(model, Dense()), pytest.raises(UnsupportedError, match=r"Pass use_cache=False"):
         model(**given)
@@ -313,12 +348,18 @@ def test_a_four_dimensional_mask_per_head_is_honoured_when_the_heads_agree() -> 
 def test_a_mask_that_adds_other_numbers_is_refused(number: float) -> None:
     mask = own_mask("inf")
     mask[1, 0, 7, 2] = number
-    with foveal.attach(build("llama"), Dense()) as handle, pytest.raises(UnsupportedError, match="adds numbers other than 0 and"):
+    with (
+        foveal.attach(build("llama"), Dense()) as handle,
+        pytest.raises(UnsupportedError, match="adds numbers other than 0 and"),
+    ):
         handle.model(input_ids=tokens(2, 12), attention_mask=mask)
 
 
 def test_a_four_dimensional_mask_of_the_wrong_shape_is_refused() -> None:
-    with foveal.attach(build("llama"), Dense()) as handle, pytest.raises(UnsupportedError, match=r"expected \(batch, 1 or heads, 12, 12\)"):
+    with (
+        foveal.attach(build("llama"), Dense()) as handle,
+        pytest.raises(UnsupportedError, match=r"expected \(batch, 1 or heads, 12, 12\)"),
+    ):
         handle.model(input_ids=tokens(2, 12), attention_mask=own_mask("bool", 9))
 
 
@@ -331,14 +372,27 @@ def test_patterns_know_their_position_under_a_four_dimensional_mask(cache: str) 
     causal = torch.ones(1, 1, 20, width, dtype=torch.bool).tril()
     with torch.no_grad(), foveal.attach(model, SlidingWindow(window=3, sinks=1)):
         expected = output(model, input_ids=ids)
-        past = StaticCache(config=model.config, max_cache_len=width) if cache == "static" else DynamicCache(config=model.config)
+        past = (
+            StaticCache(config=model.config, max_cache_len=width)
+            if cache == "static"
+            else DynamicCache(config=model.config)
+        )
         got = []
         for first, last in itertools.pairwise((0, 12, 17, 18, 19, 20)):
             keys = width if cache == "static" else last
             rows = causal[:, :, first:last, :keys]
             extra = {} if NEWER else {"cache_position": torch.arange(first, last)}
             where = torch.arange(first, last)[None]
-            got.append(output(model, input_ids=ids[:, first:last], attention_mask=rows, past_key_values=past, position_ids=where, **extra))
+            got.append(
+                output(
+                    model,
+                    input_ids=ids[:, first:last],
+                    attention_mask=rows,
+                    past_key_values=past,
+                    position_ids=where,
+                    **extra,
+                )
+            )
     assert_close(torch.cat(got, 1), expected, TOLERANCE, cache)
 
 
@@ -359,7 +413,10 @@ def test_a_mask_object_of_another_kind_is_refused() -> None:
     model = build("llama")
     attention = model.model.layers[0].self_attn
     x, turn = torch.zeros(1, 12, models.HIDDEN), (torch.ones(1, 12, 8), torch.zeros(1, 12, 8))
-    with foveal.attach(model, Dense()), pytest.raises(UnsupportedError, match="attention_mask is a Plain; expected foveal's own mask"):
+    with (
+        foveal.attach(model, Dense()),
+        pytest.raises(UnsupportedError, match="attention_mask is a Plain; expected foveal's own mask"),
+    ):
         attention(x, turn, Plain())
 
 

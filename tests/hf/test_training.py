@@ -24,7 +24,9 @@ reentrant = pytest.mark.parametrize("use_reentrant", [False, True])
 BOTH = pytest.mark.parametrize("name", ["llama", "vit"], ids=["with a mask", "without a mask"])
 
 
-def ready(name: str, dtype: torch.dtype = torch.float64, use_reentrant: bool | None = None, implementation: str = "eager") -> Any:
+def ready(
+    name: str, dtype: torch.dtype = torch.float64, use_reentrant: bool | None = None, implementation: str = "eager"
+) -> Any:
     """A model in training mode without dropout, checkpointed if asked for."""
     cls, config = FAMILIES[name].build()
     for holder in (config, config.get_text_config(), getattr(config, "vision_config", config)):
@@ -101,7 +103,9 @@ def test_gradients_through_a_pattern_equal_the_references(name: str) -> None:
 @reentrant
 @pytest.mark.parametrize("pattern", [Dense(), SlidingWindow(window=3, sinks=1), BlockSums()], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "vit"])
-def test_checkpointed_gradients_inside_the_block_equal_the_plain_ones(name: str, pattern: Pattern, use_reentrant: bool) -> None:
+def test_checkpointed_gradients_inside_the_block_equal_the_plain_ones(
+    name: str, pattern: Pattern, use_reentrant: bool
+) -> None:
     if isinstance(pattern, BlockSums) and name in ("bert", "vit"):
         pattern = SlidingWindow(window=2)
     plain = ready(name)
@@ -137,7 +141,10 @@ def test_backward_under_another_attach_raises(name: str, use_reentrant: bool) ->
     model = ready(name, use_reentrant=use_reentrant)
     with foveal.attach(model, SlidingWindow(window=2)):
         loss = loss_of(model, name)
-    with foveal.attach(model, SlidingWindow(window=3)), pytest.raises(UnsupportedError, match=r"[cC]all backward\(\) inside the"):
+    with (
+        foveal.attach(model, SlidingWindow(window=3)),
+        pytest.raises(UnsupportedError, match=r"[cC]all backward\(\) inside the"),
+    ):
         loss.backward()
 
 

@@ -106,11 +106,19 @@ def test_table_shows_every_layer() -> None:
     console.print(render_profile(profile))
     text = console.export_text()
     assert profile.render().row_count == 3
-    sinks = f"{100 * float(profile.layers[1].sink_mass.mean()):.1f} %"
-    entropy = f"{float(profile.layers[1].entropy.mean.mean()):.2f} ±"
-    shared = f"{float(profile.overlap.mean[1, 0, 0]):.2f} ±"
-    row = next(line for line in text.splitlines() if sinks in line)
-    assert entropy in row and shared in row and f"({chance_overlap(profile.layers[1]):.2f})" in row
+    second = profile.layers[1]
+    row = next(line for line in text.splitlines() if line.startswith("│ 1 "))
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[1:4] == [
+        f"{100 * float(mass.mean()):.1f} %" for mass in (second.sink_mass, second.window_mass, second.rest_mass)
+    ]
+    assert cells[4] == f"{float(second.distance.mean.mean()):.0f}"
+    assert cells[5].startswith(f"{float(second.entropy.mean.mean()):.2f} ± 0.")
+    assert cells[6].startswith(f"{float(second.keys90.mean.mean()):.0f} ± ")
+    assert cells[7].startswith(f"{float(profile.overlap.mean[1, 0, 0]):.2f} ±") and cells[7].endswith(
+        f"({chance_overlap(second):.2f})"
+    )
+    assert all(f"{second.labels.count(name)} {name}" in cells[8] for name in second.labels)
 
 
 def test_plot_is_a_figure_of_its_own() -> None:

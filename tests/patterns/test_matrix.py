@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from foveal import patterns
 from foveal.core import density
-from foveal.core.errors import ConfigError, UnsupportedError
+from foveal.core.errors import UnsupportedError
 from foveal.core.layouts import BlockMask, Layout
 from foveal.kernels import flex
 from foveal.kernels.call import AttentionCall
@@ -255,9 +253,9 @@ def within_budget(got: Tensor, naive: Tensor, exact: Tensor, dtype: torch.dtype,
 
 @rows
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", ["gather", "sdpa", "reference"])
+@pytest.mark.parametrize("impl", ["gather", "sdpa"])
 def test_low_precision_stays_in_its_error_budget(row: Row, dtype: torch.dtype, impl: str) -> None:
-    host = HOSTS["causal-257"]
+    host = HOSTS["causal-129"]
     low = tensors(host, dim=32, dim_v=32, dtype=dtype)
     layout, _ = select(row, row.pattern, *low[:2], host)
     if impl == "sdpa" and layout is not None:
@@ -301,7 +299,11 @@ def test_autocast_keeps_dtype_and_budget(row: Row, impl: str) -> None:
     assert all(t.grad is not None and t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in leaf)
 
 
-@rows
+@pytest.mark.parametrize(
+    "row",
+    {row.pattern.registered_name: row for row in reversed(PATTERNS.values())}.values(),
+    ids=lambda row: row.pattern.registered_name,
+)
 @pytest.mark.skipif(flex.unavailable() is not None, reason=str(flex.unavailable()))
 def test_flex_equals_the_loop(row: Row) -> None:
     host = HOSTS["causal-129"]
@@ -312,46 +314,3 @@ def test_flex_equals_the_loop(row: Row) -> None:
             run(q, k, v, layout, host, "flex", return_lse=False)
         return
     assert_close(run(q, k, v, layout, host, "flex", return_lse=False)[0], loop(q, k, v, layout, host)[0], 1e-5)
-
-
-# --- configuration -------------------------------------------------------------------------------------------------
-
-
-@rows
-def test_json_round_trip(row: Row) -> None:
-    for pattern in (row.pattern, row.full):
-        data = json.loads(json.dumps(pattern.to_json()))
-        again = Pattern.from_json(data)
-        assert again == pattern
-        assert hash(again) == hash(pattern)
-        assert type(again) is type(pattern)
-        assert pattern.registered_name in str(pattern)
-
-
-@rows
-def test_unknown_field_names_the_nearest(row: Row) -> None:
-    fields = [f.name for f in dataclasses.fields(row.pattern)]
-    typo = fields[0][:-1] + "_" if fields else "window"
-    with pytest.raises(ConfigError) as error:
-        Pattern.from_json({**row.pattern.to_json(), typo: 1})
-    assert repr(typo) in str(error.value)
-    assert row.pattern.registered_name in str(error.value)
-    if fields:
-        assert fields[0] in str(error.value)
-
-
-@rows
-def test_wrong_type_names_the_field(row: Row) -> None:
-    for field in dataclasses.fields(row.pattern):
-        with pytest.raises(ConfigError, match=rf"\b{field.name}\b.*(expected|unknown)"):
-            Pattern.from_json({**row.pattern.to_json(), field.name: {"no": "such"}})
-        with pytest.raises(ConfigError, match=rf"\b{field.name}\b"):
-            dataclasses.replace(row.pattern, **{field.name: object()})
-
-
-@rows
-def test_out_of_range_names_field_value_and_range(row: Row) -> None:
-    for field, value in row.wrong:
-        with pytest.raises(ConfigError, match=rf"\b{field}\b.*expected") as error:
-            Pattern.from_json({**row.pattern.to_json(), field: value})
-        assert repr(value) in str(error.value)

@@ -69,7 +69,7 @@ def test_of_takes_policies_and_patterns_only() -> None:
     assert Policy.of(FULL) is FULL
     assert Policy.of(WINDOW) == Policy.uniform(WINDOW)
     assert Policy.of(WINDOW).name == str(WINDOW)
-    with pytest.raises(ConfigError, match="policy is a str; expected a foveal.Policy or a Pattern"):
+    with pytest.raises(ConfigError, match=r"policy is a str; expected a foveal.Policy or a Pattern"):
         Policy.of("dense")  # type: ignore[arg-type]
 
 

@@ -80,7 +80,13 @@ def test_wrong_rows_are_refused():
 
 def tiny(seed=0, **fields):
     config = transformers.LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, vocab_size=40, **fields
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        vocab_size=40,
+        **fields,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
