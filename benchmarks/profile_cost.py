@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -153,6 +154,7 @@ def main() -> None:
         "text": text.text_name(),
         "context": args.context,
         "settings": {"rows": 256, "window": 128, "sinks": 4, "top": 64},
+        "load_average_before": os.getloadavg()[0],  # other work on the machine slows the two unequally
         "time": measure_time(model, ids, args.repeats),
     }
     del model

@@ -61,7 +61,15 @@ def dhsa(variant: Any, budget: Budget = Budget(tokens=60), refuses: frozenset[st
     return Row(few, replace(few, budget=Budget(tokens=1 << 20)), block=16, refuses=refuses, wrong=DHSA_WRONG)
 
 
-DHSA_WRONG = (("q_block", 0), ("kv_block", 0), ("local", -1), ("sinks", -1), ("instruction", -1), ("chunk", 0), ("gap", -1))
+DHSA_WRONG = (
+    ("q_block", 0),
+    ("kv_block", 0),
+    ("local", -1),
+    ("sinks", -1),
+    ("instruction", -1),
+    ("chunk", 0),
+    ("gap", -1),
+)
 NOT_CAUSAL = frozenset({"bidirectional", "encoder, padding", "cross"})
 
 PATTERNS: dict[str, Row] = {
@@ -113,7 +121,15 @@ PATTERNS: dict[str, Row] = {
     "dhsa-vsb-density": dhsa("vsb", Budget(density=0.4), refuses=NOT_CAUSAL),
     "dhsa-chunk": dhsa("chunk", refuses=NOT_CAUSAL, local=10, sinks=4, instruction=6, chunk=7),
     "dhsa-chunk-reconstructed": dhsa(
-        "chunk", Budget(density=0.4), NOT_CAUSAL, local=10, sinks=4, instruction=0, chunk=7, per_head=True, decode="reconstructed"
+        "chunk",
+        Budget(density=0.4),
+        NOT_CAUSAL,
+        local=10,
+        sinks=4,
+        instruction=0,
+        chunk=7,
+        per_head=True,
+        decode="reconstructed",
     ),
 }
 

@@ -14,9 +14,10 @@ MIB = 1 << 20
 class PeakMemory:
     """Context manager; afterwards ``extra_mb`` is the peak in MiB above the level at entry.
 
-    On CUDA it is the allocator's own peak. On CPU it is the process's resident memory, sampled by a thread every few
-    milliseconds (``/proc/self/statm``; on systems without it ``extra_mb`` stays 0.0): allocations that live shorter than
-    that may be missed, pages that the allocator keeps from earlier work count as there before.
+    On CUDA it is the allocator's own peak. On CPU it is the process's resident memory: the kernel's own high-water mark
+    where Linux lets it be reset (``/proc/self/clear_refs``), and samples that a thread takes every few milliseconds
+    (``/proc/self/statm``), which alone may miss what lives shorter than that. Without ``/proc``, ``extra_mb`` stays 0.0.
+    Pages that the allocator keeps from earlier work count as there before.
 
     Args:
         device: where the work runs.
@@ -32,6 +33,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
+        self._exact = _reset_high_water()
         self._before = self._peak = _resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -45,7 +47,8 @@ class PeakMemory:
             return
         self._stop.set()
         self._thread.join()
-        self.extra_mb = max(0, max(self._peak, _resident()) - self._before) / MIB
+        high = _high_water() if self._exact else 0
+        self.extra_mb = max(0, max(self._peak, high, _resident()) - self._before) / MIB
 
     def _sample(self) -> None:
         while not self._stop.wait(self.period):
@@ -59,6 +62,24 @@ def _resident() -> int:
     except (OSError, IndexError, ValueError):
         return 0
     return pages * _page_size()
+
+
+def _reset_high_water() -> bool:
+    """Whether the kernel's mark of the highest resident memory now starts again from here."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _high_water() > 0
+
+
+def _high_water() -> int:
+    """Highest resident bytes since the mark was last reset, 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _page_size() -> int:

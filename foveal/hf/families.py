@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -71,11 +73,11 @@ def sites(model: nn.Module) -> list[AttentionSite]:
     found, index = [], 0
     text = _text_config(model)
     for path, module in model.named_modules():
-        if not _uses_interface(type(module)):
+        if not _uses_interface(type(module)):  # type: ignore[arg-type]
             continue
         if text is not None and getattr(module, "config", None) is not text:
             continue
-        if _takes_position_bias(type(module)):
+        if _takes_position_bias(type(module)):  # type: ignore[arg-type]
             raise UnsupportedError(
                 f"{name} is not supported: its {type(module).__name__} adds a learned position bias as an N×N tensor (position_bias), "
                 "which foveal does not honour. Run this model without foveal."
@@ -91,7 +93,7 @@ def sites(model: nn.Module) -> list[AttentionSite]:
 
 def _text_config(model: nn.Module) -> object | None:
     """The text stack's config in a model that also has other towers, else None."""
-    config = model.config
+    config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return text if text is not config and hasattr(config, "text_config") else None
 
@@ -99,7 +101,21 @@ def _text_config(model: nn.Module) -> object | None:
 def depth(model: nn.Module, found: list[AttentionSite]) -> int:
     """Number of self-attention layers, also where layers share one module (ALBERT)."""
     own = sum(s.index >= 0 for s in found)
-    config = model.config
+    config: Any = model.config
     if isinstance(getattr(config, "num_hidden_groups", None), int):
         return config.num_hidden_layers * config.inner_group_num
     return own
+
+
+def configs(modules: Iterable[nn.Module], owners: Iterable[Any]) -> list[Any]:
+    """The configs that steer these attention modules and their masks: their own, and those of the models that hold them.
+
+    A config with sub-configs of its own (vision-language models, encoder-decoder pairs) steers other towers too and is left
+    alone unless an attention module reads it directly.
+    """
+    found = set(modules)
+    used = {id(m.config): m.config for m in found if getattr(m, "config", None) is not None}
+    for owner in owners:
+        if not getattr(owner.config, "sub_configs", None) and any(m in found for m in owner.modules()):
+            used[id(owner.config)] = owner.config
+    return list(used.values())

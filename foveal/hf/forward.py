@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -100,21 +99,6 @@ class Forward:
         return self.tensors[key][1]
 
 
-def original_forward(
-    module: nn.Module, implementation: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
-) -> Any:
-    """Run the attention that the module would have run without foveal (another model that shares the config)."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if isinstance(mask, HostMask):
-        mask = mask.rebuild(implementation)
-    if implementation == "eager":
-        function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(module, query, key, value, mask, **kwargs)
-
-
 def refuse_unhonoured(module: nn.Module, dropout: float, kwargs: Mapping[str, Any]) -> None:
     """Raise :class:`UnsupportedError` naming the first option that foveal would otherwise ignore."""
     name = type(module).__name__
@@ -166,7 +150,7 @@ def base_mask(
         if around.cache is not None and around.cache_layer is not None:
             before = int(around.cache.get_seq_length(around.cache_layer)) - q_len
         cross = around.cross or handle.sites[module].index < 0
-        base = handle.forward.read_tensor(mask, q_len, kv_len, 0 if cross else min(before, kv_len - q_len), cross)
+        base = handle.live.forward.read_tensor(mask, q_len, kv_len, 0 if cross else min(before, kv_len - q_len), cross)
         return base, 0 if cross else before
     if mask is not None:
         raise UnsupportedError(
@@ -183,7 +167,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of one module under a handle; ``(B, Nq, H, Dv)`` as transformers expects it."""
     refuse_unhonoured(module, dropout, kwargs)
-    site, around = handle.sites[module], handle.surroundings.get(module) or Surroundings()
+    site, around = handle.sites[module], handle.live.surroundings.get(module) or Surroundings()
     handle.watch_recompute(module)
     base, q_offset = base_mask(handle, module, mask, query, key, is_causal, around)
     base = base.to(query.device)
@@ -202,11 +186,11 @@ def attend(
     context = SelectContext(
         base=base, layer_index=index, layer_name=site.name, num_layers=handle.num_layers, role="cross" if cross else "self",
         q_offset=q_offset, scale=float(scale), positions=around.position_ids, hidden_states=around.hidden_states,
-        earlier=handle.forward.selections,
+        earlier=handle.live.forward.selections,
     )  # fmt: skip
     rule = Rule() if cross else handle.policy.rule(index)
     out, layout = _by_heads(handle, call, rule, context, around, sinks)
-    handle.reached.add(module)
+    handle.live.reached.add(module)
     for probe in handle.probes:
         probe(AttentionEvent(index, site.name, context.role, call, sinks, context, layout, out))
     return out.transpose(1, 2).contiguous()
@@ -215,7 +199,9 @@ def attend(
 def _scale(module: nn.Module, dim: int) -> float:
     """Scale of a module that passes none: GPT-2's eager attention reads it from the module in older transformers."""
     scale = dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
-    return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale  # type: ignore[operator]
+    if getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        scale /= float(getattr(module, "layer_idx", 0)) + 1
+    return scale
 
 
 def _check(call: AttentionCall, name: str) -> None:
@@ -298,7 +284,7 @@ def _select_and_compute(
     seen = ctx.q_offset + call.base.q_len
     handle.requests.put(around.cache, slot, state, seen, cache_keys(around.cache, around.cache_layer))
     if span == 0:
-        handle.forward.selections[ctx.layer_index] = Selection(layout, state)
+        handle.live.forward.selections[ctx.layer_index] = Selection(layout, state)
     if handle.measuring and ctx.layer_index >= 0:
         got = measure(layout, call.base, call.q.shape[0], call.q.shape[1], call.k.shape[1])
         phase = handle.measured.setdefault("decode" if ctx.decoding else "prefill", {})

@@ -17,56 +17,21 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..kernels.dispatch import IMPLEMENTATIONS
 from ..patterns import Pattern
 from ..policies.policy import Policy
-from . import families, masks, recompute
-from .forward import OUTPUT_ATTENTIONS, AttentionEvent, Forward, Surroundings, attend, original_forward
+from . import families, interface, recompute
+from .forward import OUTPUT_ATTENTIONS, AttentionEvent, Forward, Surroundings
 from .requests import RequestStates, cache_keys
 
 Probe = Callable[[AttentionEvent], None]
 
-_stacks: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Handle]]] = weakref.WeakKeyDictionary()
-_configs: dict[int, tuple[Any, str, int]] = {}  # id → (config, implementation before foveal, users)
-_running = threading.local()
 
+class Live(threading.local):
+    """What a handle knows about the forward that is running; every thread has its own."""
 
-def _current() -> Handle | None:
-    """The handle whose model is in its forward, in this thread."""
-    stack = getattr(_running, "stack", None)
-    return stack[-1] if stack else None
-
-
-def _attached(module: nn.Module) -> list[Handle]:
-    """The handles on an attention module, the innermost last."""
-    return [handle for ref in _stacks.get(module, []) if (handle := ref()) is not None]
-
-
-@torch.compiler.disable
-def foveal_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[Tensor, None] | Any:  # fmt: skip
-    """The attention function registered as ``"foveal"`` in transformers."""
-    stack = _attached(module)
-    if not stack:
-        kwargs = {
-            "dropout": dropout,
-            "scaling": scaling,
-            **({} if is_causal is None else {"is_causal": is_causal}),
-            **kwargs,
-        }
-        found = _configs.get(id(getattr(module, "config", None)))
-        if found is None:
-            raise UnsupportedError(
-                f"{type(module).__name__} runs foveal's attention but no foveal.attach(...) is active; attach to the model that holds it."
-            )
-        return original_forward(module, found[1], query, key, value, attention_mask, kwargs)
-    return attend(stack[-1], module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(masks.NAME, foveal_attention)
-    AttentionMaskInterface.register(masks.NAME, masks.mask_function_for_host(_current))
+    def __init__(self) -> None:
+        self.forward = Forward()
+        self.surroundings: dict[nn.Module, Surroundings] = {}
+        self.reached: set[nn.Module] = set()
+        self.depth = 0
 
 
 class Handle:
@@ -86,14 +51,11 @@ class Handle:
         self._shared = self.num_layers > sum(s.index >= 0 for s in found)
         policy.check_fits(self.num_layers, type(model).__name__)
         self.requests = RequestStates()
-        self.forward = Forward()
-        self.surroundings: dict[nn.Module, Surroundings] = {}
-        self.reached: set[nn.Module] = set()
+        self.live = Live()
         self.measured: dict[str, dict[int, Density]] = {}
         self._recomputable: set[nn.Module] = set()
         self._hooks: list[Any] = []
         self._configs: list[Any] = []
-        self._depth = 0
         self.active = False
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -101,21 +63,14 @@ class Handle:
     def _enter(self) -> Self:
         from transformers import PreTrainedModel
 
-        _register()
-        model: Any = self.model
-        owners = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        used = _configs_of(self.sites, owners)
-        before = {i: c._attn_implementation for i, c in used.items()}
+        interface.register()
+        owners = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
         try:
-            for i, config in used.items():
-                known = _configs.get(i)
-                _configs[i] = (config, known[1], known[2] + 1) if known else (config, before[i], 1)
-                config._attn_implementation_internal = (
-                    masks.NAME
-                )  # what set_attn_implementation writes, for this config alone
+            for config in families.configs(self.sites, owners):
+                interface.switch(config)
                 self._configs.append(config)
             for site in self.sites.values():
-                _stacks.setdefault(site.module, []).append(weakref.ref(self))
+                interface.stacks.setdefault(site.module, []).append(weakref.ref(self))
                 self._hooks.append(
                     site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True, prepend=True)
                 )
@@ -135,27 +90,20 @@ class Handle:
             hook.remove()
         self._hooks.clear()
         for site in self.sites.values():
-            left = [ref for ref in _stacks.get(site.module, []) if ref() not in (self, None)]
+            left = [ref for ref in interface.stacks.get(site.module, []) if ref() not in (self, None)]
             if left:
-                _stacks[site.module] = left
+                interface.stacks[site.module] = left
             else:
-                _stacks.pop(site.module, None)
+                interface.stacks.pop(site.module, None)
         for config in self._configs:
-            _, original, users = _configs[id(config)]
-            if users > 1:
-                _configs[id(config)] = (config, original, users - 1)
-            else:
-                del _configs[id(config)]
-                config._attn_implementation_internal = original
+            interface.restore(config)
         self._configs.clear()
-        self.surroundings.clear()
-        self.forward = Forward()
         for module in self._recomputable:
             recompute.guard(module, self.sites[module].name)
         self._recomputable.clear()
-        if self in (running := getattr(_running, "stack", [])):  # detached in the middle of a forward
-            running.remove(self)
-        self._depth = 0
+        if self in interface.running():  # detached in the middle of a forward
+            interface.running().remove(self)
+        self.live = Live()
         self.active = False
 
     def __enter__(self) -> Self:
@@ -174,23 +122,23 @@ class Handle:
             return
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise UnsupportedError(OUTPUT_ATTENTIONS)
-        if self._depth == 0:
-            self.forward = Forward(checkpointed=recompute.checkpoints_layers(self.model))
-            self.surroundings.clear()
-            if not hasattr(_running, "stack"):
-                _running.stack = []
-            _running.stack.append(self)
-        self._depth += 1
+        live = self.live
+        if live.depth == 0:
+            live.forward = Forward(checkpointed=recompute.checkpoints_layers(self.model))
+            live.surroundings.clear()
+            interface.running().append(self)
+        live.depth += 1
         if isinstance(kwargs.get("position_ids"), Tensor):
-            self.forward.positions = kwargs["position_ids"]
+            live.forward.positions = kwargs["position_ids"]
 
     @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth == 0:
+        live = self.live
+        if live.depth == 0:
             return
-        self._depth -= 1
-        if self._depth == 0 and getattr(_running, "stack", None) and _running.stack[-1] is self:
-            _running.stack.pop()
+        live.depth -= 1
+        if live.depth == 0:
+            interface.running().remove(self)
 
     @torch.compiler.disable
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,14 +157,14 @@ class Handle:
         keys = cache_keys(cache, layer)
         positions = kwargs.get("position_ids")
         if positions is None and not recompute.in_backward():
-            positions = self.forward.positions
-        self.surroundings[module] = Surroundings(None if cross else cache, layer, keys, hidden, positions, cross)
-        self.reached.discard(module)
+            positions = self.live.forward.positions
+        self.live.surroundings[module] = Surroundings(None if cross else cache, layer, keys, hidden, positions, cross)
+        self.live.reached.discard(module)
 
     @torch.compiler.disable
     def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.surroundings.pop(module, None)
-        if self._top(module) and module not in self.reached:
+        self.live.surroundings.pop(module, None)
+        if self._top(module) and module not in self.live.reached:
             name = self.sites[module].name
             raise UnsupportedError(
                 f"{type(self.model).__name__} is not supported: its layer {name!r} ({type(module).__name__}) ran without reaching foveal's attention. "
@@ -226,7 +174,7 @@ class Handle:
     def _top(self, module: nn.Module | None = None) -> bool:
         """Whether this handle is the innermost one on the model."""
         module = next(iter(self.sites)) if module is None else module
-        stack = _attached(module)
+        stack = interface.attached(module)
         return bool(stack) and stack[-1] is self
 
     def next_index(self, site: families.AttentionSite) -> int:
@@ -237,16 +185,18 @@ class Handle:
             raise UnsupportedError(
                 "layers of this model share one module, so a checkpointed backward cannot tell them apart; use one rule for all layers."
             )
-        index = self.forward.calls % self.num_layers
-        self.forward.calls += 1
+        index = self.live.forward.calls % self.num_layers
+        self.live.forward.calls += 1
         return index
 
     def watch_recompute(self, module: nn.Module) -> None:
         """Remember modules that backward may run again, and refuse when it does so under another handle than the forward's."""
         if not recompute.in_backward():
-            if self.forward.checkpointed or (module.training and recompute.inside_checkpoint()):
+            if self.live.forward.checkpointed or (module.training and recompute.inside_checkpoint()):
                 self._recomputable.add(module)
-        elif module not in self._recomputable and any(module in other._recomputable for other in _attached(module)):
+        elif module not in self._recomputable and any(
+            module in other._recomputable for other in interface.attached(module)
+        ):
             raise recompute.refuse(
                 self.sites[module].name, "under another foveal.attach(...) than the one its forward ran in"
             )
@@ -271,19 +221,6 @@ class Handle:
             yield self
         finally:
             self.probes.remove(probe)
-
-
-def _configs_of(sites: dict[nn.Module, families.AttentionSite], owners: list[Any]) -> dict[int, Any]:
-    """The configs that steer these attention modules and their masks: their own, and those of the models that hold them.
-
-    A config with sub-configs of its own (vision-language models, encoder-decoder pairs) steers other towers too and is left
-    alone unless an attention module reads it directly.
-    """
-    used = {id(m.config): m.config for m in sites if getattr(m, "config", None) is not None}
-    for owner in owners:
-        if not getattr(owner.config, "sub_configs", None) and any(m in sites for m in owner.modules()):
-            used[id(owner.config)] = owner.config
-    return used
 
 
 def attach(

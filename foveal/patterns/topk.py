@@ -223,6 +223,7 @@ class BlockTopK(Pattern):
         early = pooled_scores(q.to(scores.dtype), early, self.per_head)[:, :, 0] * scale
         early = early.masked_fill((sink < 0)[:, None], -torch.inf)
         share = torch.softmax(torch.cat([far.double(), near.double(), early.double()], -1), -1)
+        assert self.budget.mass is not None
         return self.budget.mass - share[..., far.shape[-1] :].sum(-1), share[..., : far.shape[-1]]
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ..core.base_mask import BaseMask
 from ..core.errors import ConfigError, ShapeError
 from ..layers.boundary import BoundaryPredictor
+from ..patterns.boundaries import read_predictor
 from .dhsa_record import Recorded, record_layers
 
 EPSILON = 1e-6
@@ -56,8 +57,8 @@ def mass_ratios(rows: Iterable[tuple[int, Tensor]], length: int, window: int) ->
                 if first >= offset
                 else block[:, offset - first :].diagonal(0, 1, 2)
             )
-            at = max(first - offset, 0)
-            band[:, offset, at : at + diagonal.shape[1]] = diagonal
+            key = max(first - offset, 0)
+            band[:, offset, key : key + diagonal.shape[1]] = diagonal
     if columns is None or band is None:
         raise ShapeError("no attention rows were given; expected all rows of one sequence.")
     # below[:, d, c] = mass that key c gets from rows >= c + d
@@ -142,7 +143,7 @@ def train_boundaries(
         epochs, lr: of Adam.
         seed: of the initial weights and of the order of batches.
         checkpoint: safetensors file, written after every epoch beside ``<name>.optimizer``; when both exist, training
-            resumes after the last finished epoch.
+            resumes after the last finished epoch; a predictor alone is not overwritten.
         record: runs the model on one batch and yields queries and keys of each layer.
         progress: called with (step, steps, loss) after every step.
 
@@ -159,7 +160,8 @@ def train_boundaries(
     predictor.to(device)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=lr)
     setting = {"seed": seed, "lr": lr, "batches": len(token_batches), "gated": gated}
-    done, losses, positives, labelled = 0, [], 0.0, 0
+    done, positives, labelled = 0, 0.0, 0
+    losses: list[float] = []
     if checkpoint is not None and Path(checkpoint).is_file():
         done, losses, positives, labelled = _resume(Path(checkpoint), predictor, optimizer, setting)
     steps = epochs * len(token_batches)
@@ -195,11 +197,10 @@ def _save(
     from safetensors.torch import save_file
 
     training = json.dumps({**setting, "epochs": epochs, "losses": losses, "positives": positives, "labelled": labelled})
-    names = {p: name for name, p in predictor.named_parameters()}
     moments = {
-        f"{names[p]}/{key}": value.detach().cpu()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}/{key}": value.detach().cpu()
+        for name, p in predictor.named_parameters()
+        for key, value in optimizer.state[p].items()
     }
     save_file(moments, f"{path}.optimizer.part", metadata={"training": training})
     Path(f"{path}.optimizer.part").replace(f"{path}.optimizer")
@@ -211,10 +212,16 @@ def _resume(
 ) -> tuple[int, list[float], float, int]:
     from safetensors import safe_open
 
-    saved = BoundaryPredictor.load(path)
+    saved, (_, meta) = BoundaryPredictor.load(path), read_predictor(path)
+    if not Path(f"{path}.optimizer").is_file():
+        raise ConfigError(
+            f"{path} exists without {path.name}.optimizer, so training cannot resume; use another file, or delete it to start again."
+        )
     with safe_open(f"{path}.optimizer", framework="pt") as file:
         training = json.loads(file.metadata()["training"])
         moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    if meta.get("training") != json.dumps(training):
+        raise ConfigError(f"{path} and {path.name}.optimizer come from different epochs; delete both to start again.")
     found = {
         **{k: training[k] for k in setting},
         "window": saved.window,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.core.base_mask import EMPTY, FULL, BaseMask
@@ -19,6 +19,7 @@ def defined(host: Host) -> torch.Tensor:
     return torch.from_numpy(host.dense())
 
 
+@settings(max_examples=200)
 @given(hosts())
 def test_allowed_mask_mod_and_dense_are_the_definition(host: Host) -> None:
     base, expected = host.base(), defined(host)
@@ -32,11 +33,13 @@ def test_allowed_mask_mod_and_dense_are_the_definition(host: Host) -> None:
         assert not base.allowed(zero, zero, zero + row, zero + key).any(), "outside the lengths nothing is allowed"
 
 
+@settings(max_examples=200)
 @given(hosts())
 def test_area_is_the_count(host: Host) -> None:
     assert host.base().area().expand(host.batch).tolist() == defined(host).sum((1, 2)).tolist()
 
 
+@settings(max_examples=200)
 @given(hosts(), st.sampled_from([(1, 1), (4, 4), (16, 3), (5, 8), (64, 64), (8, 1)]))
 def test_full_and_empty_tiles_are_exact(host: Host, size: tuple[int, int]) -> None:
     tiles, expected = host.base().block_map(*size), defined(host)
@@ -52,6 +55,7 @@ def test_full_and_empty_tiles_are_exact(host: Host, size: tuple[int, int]) -> No
                     assert kind == FULL or not inside.all(), f"tile {(b, u, c)} is whole and says {kind}"
 
 
+@settings(max_examples=200)
 @given(hosts())
 def test_rank_counts_inside_the_own_sequence(host: Host) -> None:
     rank = host.base().rank.expand(host.batch, -1)
@@ -61,6 +65,7 @@ def test_rank_counts_inside_the_own_sequence(host: Host) -> None:
         assert np.array_equal(rank[b].numpy()[real], host.rank(b, keys)[real])
 
 
+@settings(max_examples=200)
 @given(hosts(), st.integers(1, 40))
 def test_cropping_keys_keeps_the_rest(host: Host, keep: int) -> None:
     keep = min(keep, host.kv_len)

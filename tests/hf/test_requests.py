@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from typing import Any
 
@@ -129,9 +130,9 @@ def test_every_layer_follows_its_own_rule() -> None:
 def test_heads_of_a_layer_follow_their_own_rules(name: str, span: tuple[int, int]) -> None:
     model, given = build(name), inputs(name, length=12)
     window = SlidingWindow(window=2, sinks=1)
-    every = [e.out for e in events(model, Policy(layers=((0, Rule(window)),)), given)][0]
-    none = [e.out for e in events(model, Policy(), given)][0]
-    mixed = [e.out for e in events(model, Policy(layers=((0, Rule(heads=((*span, Rule(window)),))),)), given)][0]
+    every = next(e.out for e in events(model, Policy(layers=((0, Rule(window)),)), given))
+    none = next(e.out for e in events(model, Policy(), given))
+    mixed = next(e.out for e in events(model, Policy(layers=((0, Rule(heads=((*span, Rule(window)),))),)), given))
     for head in range(models.HEADS):
         inside = span[0] <= head <= span[1]
         assert_close(mixed[:, head], (every if inside else none)[:, head], TOLERANCE, f"head {head}")
@@ -203,6 +204,46 @@ def test_later_layers_see_what_earlier_ones_selected_in_this_forward_only() -> N
         for _ in range(2):
             output(model, input_ids=tokens(1, 12))
     assert known == [[], [0], [0, 1]] * 2
+
+
+def test_two_threads_in_one_model_do_not_see_each_other() -> None:
+    """One thread stops in the middle of its forward while the other runs a whole one."""
+    model, turns = build("llama"), [threading.Event(), threading.Event()]
+    known: dict[str, list[list[int]]] = {"stops": [], "runs": []}
+
+    class Spy(SlidingWindow):
+        def select(self, q: Tensor, k: Tensor, ctx: Any, state: Any = None) -> Any:
+            name = threading.current_thread().name
+            known[name].append(list(ctx.earlier))
+            if name == "stops" and ctx.layer_index == 1:
+                turns[0].set()
+                turns[1].wait()
+            return super().select(q, k, ctx, state)
+
+    ids = {"stops": tokens(1, 12), "runs": tokens(2, 7, seed=1)}
+    with torch.no_grad(), foveal.attach(model, SlidingWindow(window=2)):
+        expected = {name: output(model, input_ids=x) for name, x in ids.items()}
+    got: dict[str, Tensor] = {}
+
+    def work(name: str) -> None:
+        try:
+            with torch.no_grad():
+                if name == "runs":
+                    turns[0].wait()
+                got[name] = output(model, input_ids=ids[name])
+        finally:
+            for turn in turns[name == "runs" :]:
+                turn.set()
+
+    with foveal.attach(model, Spy(window=2)):
+        threads = [threading.Thread(target=work, args=(name,), name=name) for name in ids]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for name in ids:
+        assert torch.equal(got[name], expected[name])
+        assert known[name] == [[], [0], [0, 1]]
 
 
 # --- policies that do not fit -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from foveal.patterns import Dense, Pattern, SlidingWindow
 
 from ..support import assert_close
 from . import models
-from .models import FAMILIES, build, inputs, output
+from .models import FAMILIES, inputs, output
 from .patterns import BlockSums
 
 TRAINABLE = [name for name in FAMILIES if name not in ("clip",)]

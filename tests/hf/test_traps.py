@@ -66,14 +66,14 @@ def test_the_hook_finds_the_cache_that_the_attention_function_never_sees(name: s
     def look(event: Any) -> None:
         if event.role == "self" and event.layer_index >= handle.num_layers - models.LAYERS:
             site = next(s for s in handle.sites.values() if s.index == event.layer_index)
-            found.append(handle.surroundings[site.module].cache)
+            found.append(handle.live.surroundings[site.module].cache)
 
     with torch.no_grad(), foveal.attach(model, Dense(), probes=[look]) as handle:
         result = model(**inputs(name), use_cache=True)
         made = getattr(result.past_key_values, "self_attention_cache", result.past_key_values)
         assert found
         assert all(cache is made for cache in found)
-        assert not handle.surroundings, "nothing of a forward is kept after it"
+        assert not handle.live.surroundings, "nothing of a forward is kept after it"
 
 
 def test_hidden_states_are_not_kept_alive_from_layer_to_layer() -> None:
@@ -81,7 +81,7 @@ def test_hidden_states_are_not_kept_alive_from_layer_to_layer() -> None:
     model = build("llama")
     with (
         torch.no_grad(),
-        foveal.attach(model, Dense(), probes=[lambda e: held.append(len(handle.surroundings))]) as handle,
+        foveal.attach(model, Dense(), probes=[lambda e: held.append(len(handle.live.surroundings))]) as handle,
     ):
         output(model, **inputs("llama"))
     assert held == [1] * models.LAYERS
@@ -256,10 +256,10 @@ def test_sites_are_found_in_the_models_own_order_and_cross_attention_is_told_apa
 
 
 def test_attached_modules_are_held_weakly() -> None:
-    from foveal.hf import handle
+    from foveal.hf.interface import stacks
 
     model = build("llama")
     with foveal.attach(model, Dense()):
         module = weakref.ref(model.model.layers[0].self_attn)
-        assert module() in handle._stacks
-    assert module() not in handle._stacks
+        assert module() in stacks
+    assert module() not in stacks

@@ -75,6 +75,27 @@ def test_gather_equals_the_reference(kind: str, batch_size: int, data: st.DataOb
 
 
 @KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_half_precision_is_summed_in_float32(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    call = data.draw(calls(kind))
+    call.options.update(bias=None, sink_logits=None)
+    low = [t.to(dtype) for t in (call.q, call.k, call.v)]
+    exact, exact_lse = attend(Call(*(t.double() for t in low), call.layout, call.causal, call.options), "reference")
+    out, lse = attend(Call(*low, call.layout, call.causal, call.options), "gather")
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    rounding = (
+        0.5 if not isinstance(call.layout, Groups) else 2.0
+    )  # one rounding of the result; groups are joined from rounded parts
+    error = (out.double() - exact).abs()
+    assert bool((error <= rounding * torch.finfo(dtype).eps * exact.abs().clamp(min=1) + 1e-4).all()), (
+        f"off by {error.max():.3g}"
+    )
+    assert_close(lse, exact_lse, 1e-5, "lse")
+
+
+@KINDS
 @settings(max_examples=25)
 @given(data=st.data())
 def test_one_new_token(kind: str, data: st.DataObject) -> None:

@@ -151,6 +151,7 @@ def test_training_on_a_real_model_resumes_exactly(tmp_path):
     assert [s[:2] for s in steps] == [(i + 1, 9) for i in range(9)] and whole.losses[-1] < whole.losses[0]
     path = tmp_path / "p.safetensors"
     train_boundaries(model, tokens, epochs=1, lr=1e-3, seed=4, checkpoint=path)
+    older = (tmp_path / "p.safetensors.optimizer").read_bytes()
     resumed = train_boundaries(model, tokens, epochs=3, lr=1e-3, seed=4, checkpoint=path)
     assert resumed.losses == whole.losses and resumed.positives == whole.positives
     for a, b in zip(whole.predictor.parameters(), resumed.predictor.parameters(), strict=True):
@@ -160,6 +161,15 @@ def test_training_on_a_real_model_resumes_exactly(tmp_path):
         assert torch.equal(a, b)
     with pytest.raises(ConfigError, match=r"'lr': 0\.001.*'lr': 0\.5"):
         train_boundaries(model, tokens, epochs=3, lr=0.5, seed=4, checkpoint=path)
+    moments = tmp_path / "p.safetensors.optimizer"
+    newer = moments.read_bytes()
+    moments.write_bytes(older)
+    with pytest.raises(ConfigError, match="different epochs"):
+        train_boundaries(model, tokens, epochs=3, lr=1e-3, seed=4, checkpoint=path)
+    moments.unlink()
+    with pytest.raises(ConfigError, match="cannot resume"):
+        train_boundaries(model, tokens, epochs=3, lr=1e-3, seed=4, checkpoint=path)
+    moments.write_bytes(newer)
     layer = next(iter(record_layers(model, tokens[0])))
     pattern = DHSA.with_predictor(path, budget=Budget(tokens=24), q_block=16, local=8, sinks=2, instruction=4)
     layout, state = pattern.select(layer.q, layer.k, SelectContext(layer.base))

@@ -47,7 +47,11 @@ def sample(seed: int, noise: float = NOISE, equal: int | None = None) -> Sample:
     """One sequence; ``equal`` gives all segments this length."""
     g = torch.Generator().manual_seed(seed)
     low, high = SEGMENT
-    lengths = torch.randint(low, high + 1, (LENGTH // low,), generator=g) if equal is None else torch.full((LENGTH // equal,), equal)
+    lengths = (
+        torch.randint(low, high + 1, (LENGTH // low,), generator=g)
+        if equal is None
+        else torch.full((LENGTH // equal,), equal)
+    )
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     starts = starts[starts < LENGTH]
     of = torch.searchsorted(starts, torch.arange(LENGTH), right=True) - 1
@@ -93,7 +97,13 @@ def measure_boundaries(seeds: int = SEEDS, seed: int = 0, out: Path | None = Non
     main = by_noise[str(NOISE)]
     gain = main["true_boundaries"] - main["fixed_blocks"]
     verdict = "reproduced" if gain >= MARGIN else "direction holds" if gain > 0 else "not reproduced"
-    numbers = {"recall_gain": round(gain, 4), "criterion": MARGIN, "density": DENSITY, "seeds": seeds, "by_noise": by_noise}
+    numbers = {
+        "recall_gain": round(gain, 4),
+        "criterion": MARGIN,
+        "density": DENSITY,
+        "seeds": seeds,
+        "by_noise": by_noise,
+    }
     return write_result("dhsa", "boundaries-beat-fixed-blocks", verdict, numbers, seed=seed, out=out)
 
 

@@ -24,7 +24,12 @@ def machine() -> dict[str, Any]:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    found: dict[str, Any] = {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
+    found: dict[str, Any] = {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
