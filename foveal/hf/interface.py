@@ -72,7 +72,8 @@ def foveal_attention(
     known = _configs.get(id(getattr(module, "config", None)))
     if known is None:
         raise UnsupportedError(
-            f"{type(module).__name__} runs foveal's attention but no foveal.attach(...) is active; attach to the model that holds it."
+            f"{type(module).__name__} runs foveal's attention but no foveal.attach(...) is active for it; "
+            "attach to the model that holds it. Copy a model before attaching to it."
         )
     kwargs |= {"dropout": dropout, "scaling": scaling} | ({} if is_causal is None else {"is_causal": is_causal})
     return _original_forward(module, known[1], query, key, value, attention_mask, kwargs)

@@ -16,7 +16,8 @@ import torch
 
 from ..core.cache import cache_dir as default_cache_dir
 from ..core.errors import ConfigError, ModelError, UnsupportedError, nearest
-from .checkpoint import FORMS, PACKAGED, model_folder, read_checkpoint
+from ..core.info import PACKAGED
+from .checkpoint import FORMS, model_folder, read_checkpoint
 from .converted import check_gguf, copy_folder, drop, read_gguf, read_manifest, write_copy
 from .fingerprint import fingerprint
 

@@ -34,7 +34,7 @@ def haystack() -> Tensor:
 @pytest.mark.parametrize("bos", [False, True])
 def test_needles_are_where_they_should_be(haystack: Tensor, chat: bool, bos: bool) -> None:
     tokenizer = byte_tokenizer(bos=bos, chat=chat)
-    made = build(tokenizer, haystack, 4000, depths=DEPTHS, seed=3)
+    made = build(tokenizer, haystack, 4000, depths=DEPTHS, seed=3, chat=chat)
     text = tokenizer.decode(made.context)
     facts = FACT.findall(text)
     assert len(facts) == 3 and len({f.rpartition(" ")[0] for f, _ in facts}) == 3
@@ -58,7 +58,7 @@ def test_needles_are_where_they_should_be(haystack: Tensor, chat: bool, bos: boo
 
 @pytest.mark.parametrize("length", [600, 1000, 3000])
 def test_context_question_and_answer_fill_the_length_exactly(haystack: Tensor, length: int) -> None:
-    made = build(byte_tokenizer(chat=True), haystack, length, depths=DEPTHS)
+    made = build(byte_tokenizer(chat=True), haystack, length, depths=DEPTHS, chat=True)
     longest = max(len(q.ids) + len(q.answer) for q in made.questions)
     assert len(made.context) + longest == length
 

@@ -319,14 +319,14 @@ def test_saving_while_attached_writes_the_ordinary_config(tmp_path: Any) -> None
 
 
 def test_a_copy_made_while_attached_says_what_is_wrong() -> None:
-    model = build("llama")
-    with foveal.attach(model, Dense()):
-        twin = copy.deepcopy(model.model.layers[0].self_attn)
-        twin._forward_hooks.clear()
-        twin._forward_pre_hooks.clear()
-        x = torch.zeros(1, 3, models.HIDDEN)
-        with pytest.raises(UnsupportedError, match="LlamaAttention runs foveal's attention but no"):
-            twin(x, (torch.ones(1, 3, 8), torch.zeros(1, 3, 8)), None)
+    model, given = build("llama"), inputs("llama")
+    with torch.no_grad(), foveal.attach(model, SlidingWindow(window=2)):
+        expected = output(model, **given)
+        with pytest.raises(
+            UnsupportedError, match=r"LlamaAttention runs foveal's attention but .* Copy a model before"
+        ):
+            copy.deepcopy(model)(**given)
+        assert torch.equal(output(model, **given), expected)
 
 
 # --- two models, one config -------------------------------------------------------------------------------------------
