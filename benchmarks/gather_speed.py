@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,8 @@ def main() -> None:
     for case in CASES:
         if args.cases and case.name not in args.cases:
             continue
-        scaled = Case(**{**case.__dict__, "length": max(BLOCK, int(case.length * args.scale) // BLOCK * BLOCK)})
+        length = max(BLOCK, int(case.length * args.scale) // BLOCK * BLOCK)
+        scaled = replace(case, length=length, window=case.window and max(1, case.window * length // case.length))
         rows[case.name] = row = measure_case(scaled, args.repeats, use_flex)
         forward = row["forward"]
         print(

@@ -23,7 +23,7 @@ class Candidate:
     Attributes:
         name: unique, shown in tables.
         policy: what runs.
-        kind: ``"uniform"`` (one pattern in all layers) or ``"per-layer"``.
+        kind: ``"uniform"`` (one pattern in all layers), ``"per-layer"``, or ``"baseline"``.
     """
 
     name: str
@@ -32,24 +32,37 @@ class Candidate:
 
 
 def patterns(context: int) -> list[tuple[str, Pattern]]:
-    """The patterns proposed at a context length, dense first.
+    """The patterns measured in all layers at a context length, each at budgets that can pay there.
 
     Budgets are shares of the context, so that the same list makes sense from a few hundred tokens to 128k.
     """
-    half, quarter, eighth = (max(1, context // n) for n in (2, 4, 8))
+    quarter, eighth = max(1, context // 4), max(1, context // 8)
     return [
-        ("dense", Dense()),
-        (f"window {half}", SlidingWindow(half, SINKS)),
         (f"window {quarter}", SlidingWindow(quarter, SINKS)),
         (f"window {eighth}", SlidingWindow(eighth, SINKS)),
-        (f"triangle {quarter}", Triangle(quarter, sinks=64, dense_rows=128)),
-        ("block top-k 50 %", BlockTopK(budget=Budget(density=0.5))),
+        (f"triangle {eighth}", Triangle(eighth, sinks=64, dense_rows=128)),
         ("block top-k 25 %", BlockTopK(budget=Budget(density=0.25))),
-        ("dhsa vsb 50 %", DHSA(variant="vsb", budget=Budget(density=0.5))),
+        ("block top-k 12.5 %", BlockTopK(budget=Budget(density=0.125))),
         ("dhsa vsb 25 %", DHSA(variant="vsb", budget=Budget(density=0.25))),
     ]
+
+
+def layer_options(context: int) -> list[Pattern]:
+    """What the search may choose in a layer: dense first, then the patterns of :func:`patterns` and further budgets."""
+    half, sixteenth = max(1, context // 2), max(1, context // 16)
+    more = [
+        SlidingWindow(half, SINKS),
+        SlidingWindow(sixteenth, SINKS),
+        BlockTopK(budget=Budget(density=0.5)),
+        DHSA(variant="vsb", budget=Budget(density=0.5)),
+    ]
+    return [Dense(), *(pattern for _, pattern in patterns(context)), *more]
 
 
 def uniform(context: int) -> list[Candidate]:
     """One candidate per proposed pattern."""
     return [Candidate(name, Policy.uniform(pattern, name=name)) for name, pattern in patterns(context)]
+
+
+DENSE = Candidate("dense", Policy.uniform(Dense(), name="dense"), "baseline")
+"""The model's own attention: chosen when nothing beats it."""

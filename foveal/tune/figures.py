@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..policies.policy import Policy
-from .candidates import Candidate
+from .candidates import DENSE, Candidate
 from .journal import Journal
 from .verdict import increase, middle, perplexity, ratios
 
@@ -14,7 +14,7 @@ NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
 INFORMATIVE = 0.5
 """Needle scores say something only when the dense model finds at least this share."""
 BASELINE = "sdpa"
-KINDS = ("quality", "decoding", "retrieval", "timing")
+KINDS = ("quality", "decoding", "timing")
 
 
 def runs(journal: Journal, kind: str, name: str) -> list[dict[str, Any]]:
@@ -29,8 +29,8 @@ def figures(journal: Journal, candidates: Sequence[Candidate]) -> tuple[list[dic
     """Candidate rows, baseline, and whether needle scores are informative."""
     dense = {kind: runs(journal, kind, BASELINE) for kind in KINDS}
     full = [r["prefill"] for kind in ("quality", "timing") for r in dense[kind]]
-    quality, decoding, retrieval = dense["quality"][0], dense["decoding"][0], dense["retrieval"][0]
-    score = sum(retrieval["hits"]) / len(retrieval["hits"])
+    quality, decoding = dense["quality"][0], dense["decoding"][0]
+    score = sum(decoding["hits"]) / len(decoding["hits"])
     baseline = {
         "name": BASELINE,
         "prefill_s": middle(full),
@@ -40,11 +40,24 @@ def figures(journal: Journal, candidates: Sequence[Candidate]) -> tuple[list[dic
         "ppl": perplexity(quality["nll"]),
         "decode_ppl": perplexity(decoding["nll"]),
         "needle": score,
-        "needle_hits": _hits(retrieval["hits"]),
+        "needle_hits": _hits(decoding["hits"]),
     }
     informative = score >= INFORMATIVE
     rows = [_row(journal, c, dense, baseline, informative) for c in candidates]
-    return rows, baseline, informative
+    return [_dense_row(baseline, informative), *rows], baseline, informative
+
+
+def _dense_row(baseline: dict[str, Any], informative: bool) -> dict[str, Any]:
+    """The model's own attention as a candidate: every ratio is that of the baseline to itself."""
+    same = dict.fromkeys(("ppl_increase", "decode_ppl_increase", "kl"), 0.0)
+    ones = dict.fromkeys(
+        ("density", "tile_density", "decode_density", "prefill_speedup", "decode_speedup", "peak_ratio"), 1.0
+    )
+    return {
+        "name": DENSE.name, "kind": DENSE.kind, "policy": DENSE.policy.to_json(), "look_ahead": "none", **ones, **same,
+        "ppl": baseline["ppl"], "decode_ppl": baseline["decode_ppl"], "needle": baseline["needle"] if informative else "uninformative",
+        "needle_hits": baseline["needle_hits"],
+    }  # fmt: skip
 
 
 def _row(
@@ -56,7 +69,7 @@ def _row(
 ) -> dict[str, Any]:
     own = {kind: runs(journal, kind, candidate.name) for kind in KINDS}
     speed = [r for kind in KINDS for r in ratios(dense[kind], own[kind], "prefill")]
-    quality, decoding, retrieval = own["quality"][0], own["decoding"][0], own["retrieval"][0]
+    quality, decoding = own["quality"][0], own["decoding"][0]
     rise, rise_span = increase(quality["nll"], dense["quality"][0]["nll"])
     late, late_span = increase(decoding["nll"], dense["decoding"][0]["nll"])
     tail = len(decoding["nll"])
@@ -83,8 +96,8 @@ def _row(
         "decode_gap": gap,
         "decode_gap_interval": gap_span,
         "kl": quality["kl"],
-        "needle": sum(retrieval["hits"]) / len(retrieval["hits"]) if informative else "uninformative",
-        "needle_hits": _hits(retrieval["hits"]),
+        "needle": sum(decoding["hits"]) / len(decoding["hits"]) if informative else "uninformative",
+        "needle_hits": _hits(decoding["hits"]),
     }
 
 

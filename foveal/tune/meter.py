@@ -41,12 +41,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Prefill, then token by token through the cache: seconds of each, ``(T,)`` loss, peak extra MiB, density of the last step."""
+    """Prefill, then token by token through the cache: seconds of each, ``(T,)`` loss, peak extra MiB of the prefill, which
+    needles were found afterwards, density of the last step."""
 
     prefill_seconds: float
     step_seconds: float
     nll: Tensor
     peak_mb: float
+    hits: tuple[bool, ...]
     density: Density
 
 
@@ -98,9 +100,8 @@ class Meter:
         return time.perf_counter()
 
     def scored(self, length: int) -> int:
-        """How many of the last tokens of a text of this length a quality pass scores."""
-        fit = LOGIT_BYTES // (4 * self.vocabulary)
-        return min(length - 1, fit) if self._keeps else length - 1
+        """How many of the last tokens of a text of this length a quality pass scores: those with at least half of it behind them."""
+        return max(1, min(length // 2, LOGIT_BYTES // (4 * self.vocabulary)))
 
     def quality(
         self, ids: Tensor, policy: Policy | None, reference: DenseLogits | None = None, what: str = "the model"
@@ -110,27 +111,21 @@ class Meter:
         Raises:
             ModelError: when a logit is not finite.
         """
-        seen: list[tuple[Any, ...]] = []
-
-        def note(event: AttentionEvent) -> None:
-            if event.role == "self":
-                q, k = event.call.q, event.call.k
-                seen.append((event.layout, event.call.base, q.shape[0], q.shape[1], k.shape[1]))
-
+        seen = Kept()
         count = self.scored(ids.shape[1])
-        with self.under(policy, (note,)):
+        with self.under(policy, (seen,)):
             out, seconds = self._forward(ids, count + 1, use_cache=False)
             logits = out.logits[0, -count - 1 :]
             nll = losses(logits[:-1], ids[0, -count:].to(self.device), what)
             kl = reference.kl(logits) if reference is not None else 0.0
             if reference is not None and not reference.filled:
                 reference.fill(logits)
-            kept = _total(seen)
-        return Quality(seconds, nll, kl, kept)
+        return Quality(seconds, nll, kl, seen.total())
 
-    def decoding(self, ids: Tensor, tail: int, policy: Policy | None, what: str = "the model") -> Decoding:
-        """Prefill all but the last ``tail`` tokens of ``ids`` ``(1, N)``, then score these one at a time through the cache."""
-        seen: list[tuple[Any, ...]] = []
+    def decoding(self, needles: Needles, tail: int, policy: Policy | None, what: str = "the model") -> Decoding:
+        """Prefill all but the last ``tail`` tokens of the needles' context, score these one at a time through the cache, then
+        ask the questions from the same cache."""
+        ids = needles.context[None]
         split = ids.shape[1] - tail
         with self.under(policy):
             with PeakMemory(self.device) as peak:
@@ -142,27 +137,41 @@ class Meter:
                 rows.append(out.logits[0, -1:])
             seconds = self._now() - start
             nll = losses(torch.cat(rows), ids[0, split:].to(self.device), what)
-
-        def note(event: AttentionEvent) -> None:
-            if event.role == "self":
-                q, k = event.call.q, event.call.k
-                seen.append((event.layout, event.call.base, q.shape[0], q.shape[1], k.shape[1]))
-
-        with self.under(policy, (note,)):
+        seen = Kept()
+        with self.under(policy, (seen,)):
             self.model(input_ids=ids[:, -1:].to(self.device), past_key_values=cache, use_cache=True)
-            kept = _total(seen)
-        return Decoding(prefill, seconds / (tail - 1), nll, peak.extra_mb, kept)
-
-    def retrieval(self, needles: Needles, policy: Policy | None) -> tuple[float, tuple[bool, ...]]:
-        """Seconds of the prefill, and whether each needle was found."""
+        kept = seen.total()
         with self.under(policy):
-            out, seconds = self._forward(needles.context[None], 1, use_cache=True)
-            return seconds, retrieve(self.model, needles, out.past_key_values)
+            hits = retrieve(self.model, needles, cache)
+        return Decoding(prefill, seconds / (tail - 1), nll, peak.extra_mb, hits, kept)
 
     def prefill(self, ids: Tensor, policy: Policy | None) -> float:
         """Seconds of one prefill of ``ids`` ``(1, N)`` with a cache."""
         with self.under(policy):
             return self._forward(ids, 1, use_cache=True)[1]
+
+
+class Kept:
+    """A probe that remembers what each self-attention layer kept and counts it afterwards, outside the timed forward."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Any, ...]] = []
+
+    def __call__(self, event: AttentionEvent) -> None:
+        if event.role == "self":
+            q, k = event.call.q, event.call.k
+            self._seen.append((event.layout, event.call.base, q.shape[0], q.shape[1], k.shape[1]))
+
+    def total(self) -> Density:
+        """The sum over layers; layers that share a layout object are counted once and multiplied."""
+        known: dict[tuple[int, int], Density] = {}
+        total = Density(0, 0, 0.0, 0.0)
+        for layout, base, *sizes in self._seen:
+            key = (id(layout), id(base))
+            if key not in known:
+                known[key] = measure(layout, base, *sizes)
+            total = total + known[key]
+        return total
 
 
 class DenseLogits:
@@ -218,15 +227,3 @@ def losses(logits: Tensor, targets: Tensor, what: str) -> Tensor:
             )
         parts.append(nll)
     return torch.cat(parts).cpu()
-
-
-def _total(seen: list[tuple[Any, ...]]) -> Density:
-    """Sum of what the layers kept; layers that share a layout object are counted once and multiplied."""
-    known: dict[tuple[int, int], Density] = {}
-    total = Density(0, 0, 0.0, 0.0)
-    for layout, base, *sizes in seen:
-        key = (id(layout), id(base))
-        if key not in known:
-            known[key] = measure(layout, base, *sizes)
-        total = total + known[key]
-    return total

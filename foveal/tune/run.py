@@ -19,7 +19,7 @@ from ..lens.model import profile_model
 from ..patterns import Pattern
 from ..patterns.dense import Dense
 from ..policies.policy import ModelStamp
-from .candidates import Candidate, patterns, uniform
+from .candidates import DENSE, Candidate, layer_options, uniform
 from .figures import BASELINE, NEEDLE_DEPTHS, figures, runs
 from .journal import Journal, write_whole
 from .meter import DenseLogits, Meter
@@ -27,7 +27,7 @@ from .options import TuneOptions
 from .search import Found, search
 from .verdict import judge, middle, ratios
 
-FINALISTS = 4
+FINALISTS = 2
 """Allowed candidates that get further timed prefills."""
 
 Report = Callable[[str, int, int], None]
@@ -43,7 +43,6 @@ class _Work:
     meter: Meter
     journal: Journal
     search_ids: Tensor
-    held_out: Tensor
     needles: needle.Needles
     text_info: dict[str, Any]
     report: Report
@@ -74,14 +73,21 @@ def run_tune(
     work = _prepare(options, report or (lambda *_: None), say or (lambda _: None))
     proposed = uniform(options.context)
     layers = _layers(work)
-    work.total = 3 * (len(proposed) + 3) + FINALISTS + (2 * layers + 4 if options.search else 0) + 1
+    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + (2 * layers + 4 if options.search else 0)
     profile = _profile(work)
     _measure(work, proposed)
     found: Found | None = None
     if options.search:
-        tried = [p for _, p in patterns(options.context)]
-        found, policy = search(work.meter, work.search_ids, tried, options.max_ppl_increase, work.journal, _decode_rule(work, proposed), work.tick)  # fmt: skip
-        proposed = [*proposed, Candidate(f"per layer, {options.max_ppl_increase:g}", policy, "per-layer")]
+        found, policy = search(
+            work.meter,
+            work.search_ids,
+            layer_options(options.context),
+            options.max_ppl_increase,
+            work.journal,
+            _decode_rule(work, proposed),
+            work.tick,
+        )
+        proposed = [*proposed, Candidate("per layer", policy, "per-layer")]
         _measure(work, proposed[-1:])
     rows, baseline, informative = figures(work.journal, proposed)
     judge(rows, baseline, options.max_ppl_increase, informative)
@@ -89,7 +95,7 @@ def run_tune(
     rows, baseline, informative = figures(work.journal, proposed)
     chosen, why = judge(rows, baseline, options.max_ppl_increase, informative)
     results = _results(work, rows, baseline, informative, chosen, why, profile, found)
-    _write(work, results, next(c for c in proposed if c.name == chosen))
+    _write(work, results, next(c for c in (DENSE, *proposed) if c.name == chosen))
     return results
 
 
@@ -107,13 +113,13 @@ def _prepare(options: TuneOptions, report: Report, say: Callable[[str], None]) -
     ids = text.tokens(loaded.tokenizer, content)
     ahead = text.prefix(loaded.tokenizer)
     spans = text.split(ids, options.context, seed=options.seed, ahead=ahead)
-    needles = needle.build(loaded.tokenizer, ids, options.context, depths=NEEDLE_DEPTHS, seed=options.seed)
+    needles = needle.build(
+        loaded.tokenizer, spans.held_out[0], options.context, depths=NEEDLE_DEPTHS, seed=options.seed
+    )
     digest = hashlib.sha256(content.encode()).hexdigest()
     info = {"name": text.text_name(options.text), "sha256": digest, "tokens": len(ids)}
     journal = Journal(journal_path, options.digest(model_sha=loaded.fingerprint, text_sha=digest))
-    return _Work(
-        options, loaded, Meter(loaded.model, options.impl), journal, spans.search, spans.held_out, needles, info, report
-    )
+    return _Work(options, loaded, Meter(loaded.model, options.impl), journal, spans.search, needles, info, report)
 
 
 def _layers(work: _Work) -> int:
@@ -138,32 +144,36 @@ def _profile(work: _Work) -> dict[str, Any]:
 
 
 def _measure(work: _Work, candidates: list[Candidate]) -> None:
-    """Quality, decoding and retrieval of each candidate, in rounds that begin and end with the model's own attention."""
+    """Quality, then decoding and retrieval, of each candidate, after the model's own attention in the same session."""
     _round(work, "quality", candidates, _quality_unit(work))
     _round(work, "decoding", candidates, _decoding_unit(work))
-    _round(work, "retrieval", candidates, _retrieval_unit(work))
 
 
 Unit = Callable[[Candidate | None], dict[str, Any]]
 
 
-def _round(work: _Work, kind: str, candidates: list[Candidate], unit: Unit) -> None:
+def _round(work: _Work, kind: str, candidates: list[Candidate], unit: Unit, again: bool = False) -> None:
     missing = [c for c in candidates if f"{kind}.{c.name}" not in work.journal]
-    number = sum(k.startswith(f"{kind}.{BASELINE}.") for k in work.journal)
-    if missing:
-        _baseline(work, kind, number, unit)
+    if missing and (
+        again or kind == "quality" or not _baseline_here(work, kind)
+    ):  # quality also needs the dense logits
+        _baseline(work, kind, unit)
     for candidate in candidates:
         if candidate in missing:
-            work.journal.put(f"{kind}.{candidate.name}", {**unit(candidate), "round": f"{kind}.{number}"})
+            work.journal.put(f"{kind}.{candidate.name}", unit(candidate))
         work.tick(f"{kind}: {candidate.name}")
-    if missing and kind != "retrieval":
-        _baseline(work, kind, number, unit, after=True)
+    if missing and again:
+        _baseline(work, kind, unit)
 
 
-def _baseline(work: _Work, kind: str, number: int, unit: Unit, after: bool = False) -> None:
-    key = f"{kind}.{BASELINE}.{number}{'b' if after else 'a'}"
-    work.journal.put(key, {**unit(None), "round": f"{kind}.{number}"})
-    work.report(f"{kind}: {BASELINE}", work.done, work.total)
+def _baseline_here(work: _Work, kind: str) -> bool:
+    return any(run["session"] == work.journal.session for run in runs(work.journal, kind, BASELINE))
+
+
+def _baseline(work: _Work, kind: str, unit: Unit) -> None:
+    number = len(runs(work.journal, kind, BASELINE))
+    work.journal.put(f"{kind}.{BASELINE}.{number}", unit(None))
+    work.report(f"{kind}: {BASELINE}", min(work.done, work.total), work.total)
 
 
 def _quality_unit(work: _Work) -> Unit:
@@ -171,7 +181,7 @@ def _quality_unit(work: _Work) -> Unit:
 
     def unit(candidate: Candidate | None) -> dict[str, Any]:
         name = candidate.name if candidate else "the dense model"
-        got = work.meter.quality(work.held_out, candidate.policy if candidate else None, reference, name)
+        got = work.meter.quality(work.needles.context[None], candidate.policy if candidate else None, reference, name)
         return {
             "prefill": got.seconds, "nll": _short(got.nll), "kl": got.kl, "density": got.density.density,
             "tile_density": got.density.tile_density,
@@ -184,20 +194,13 @@ def _decoding_unit(work: _Work) -> Unit:
     def unit(candidate: Candidate | None) -> dict[str, Any]:
         name = candidate.name if candidate else "the dense model"
         got = work.meter.decoding(
-            work.held_out, work.options.decode_tokens, candidate.policy if candidate else None, name
+            work.needles, work.options.decode_tokens, candidate.policy if candidate else None, name
         )
         return {
             "prefill": got.prefill_seconds, "step": got.step_seconds, "nll": _short(got.nll), "peak_mb": got.peak_mb,
+            "hits": list(got.hits),
             "density": got.density.density,
         }  # fmt: skip
-
-    return unit
-
-
-def _retrieval_unit(work: _Work) -> Unit:
-    def unit(candidate: Candidate | None) -> dict[str, Any]:
-        seconds, hits = work.meter.retrieval(work.needles, candidate.policy if candidate else None)
-        return {"prefill": seconds, "hits": list(hits)}
 
     return unit
 
@@ -211,9 +214,9 @@ def _again(work: _Work, candidates: list[Candidate], rows: list[dict[str, Any]])
     finalists = [c for c in candidates if c.name in names]
 
     def unit(candidate: Candidate | None) -> dict[str, Any]:
-        return {"prefill": work.meter.prefill(work.held_out, candidate.policy if candidate else None)}
+        return {"prefill": work.meter.prefill(work.needles.context[None], candidate.policy if candidate else None)}
 
-    _round(work, "timing", finalists, unit)
+    _round(work, "timing", finalists, unit, again=True)
 
 
 def _short(nll: Tensor) -> list[float]:
@@ -256,7 +259,7 @@ def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], 
         "seed": options.seed,
         "max_ppl_increase": options.max_ppl_increase,
         "text": work.text_info,
-        "scored_tokens": work.meter.scored(options.context),
+        "scored_tokens": work.meter.scored(len(work.needles.context)),
         "decode_tokens": options.decode_tokens,
         "machine": where.get("machine", {}),
         "provenance": where,

@@ -28,9 +28,9 @@ from ..policies.policy import Policy, Rule
 from .journal import Journal
 from .meter import Meter
 
-TAIL = 128
+TAIL = 64
 """Rows whose logits confirm an option."""
-ROUNDS = 4
+ROUNDS = 3
 
 
 @dataclass

@@ -24,10 +24,10 @@ def perplexity(nll: Sequence[float]) -> float:
 
 
 def ratios(dense: Sequence[dict[str, Any]], policy: Sequence[dict[str, Any]], field: str) -> list[float]:
-    """Dense time over policy time, each policy run against the mean of the dense runs of its own round and session."""
+    """Dense time over policy time, each policy run against the mean of the dense runs of its own session."""
     out = []
     for run in policy:
-        beside = [d[field] for d in dense if d["round"] == run["round"] and d["session"] == run["session"]]
+        beside = [d[field] for d in dense if d["session"] == run["session"]]
         if beside:
             out.append(sum(beside) / len(beside) / run[field])
     return out

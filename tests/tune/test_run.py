@@ -28,8 +28,8 @@ def few(monkeypatch):
         ("window 64", SlidingWindow(64, 4)),
         ("block top-k", BlockTopK(budget=Budget(density=0.5))),
     ]
-    monkeypatch.setattr("foveal.tune.candidates.patterns", lambda context: listed)
-    monkeypatch.setattr("foveal.tune.run.patterns", lambda context: listed)
+    monkeypatch.setattr("foveal.tune.candidates.patterns", lambda context: listed[1:])
+    monkeypatch.setattr("foveal.tune.run.layer_options", lambda context: [pattern for _, pattern in listed])
 
 
 def options(folder, out, **changes) -> TuneOptions:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foveal.data.needle import Needles, Question
 from foveal.patterns import Dense, SlidingWindow
 from foveal.policies import Policy, Rule
 from foveal.tune.journal import Journal
@@ -137,7 +138,8 @@ def test_meter_figures_equal_plain_transformers(model, ids):
     got = meter.quality(ids, None, reference)
     with torch.inference_mode():
         logits = model(ids).logits[0]
-    expected = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[0, 1:], reduction="none")
+    half = ids.shape[1] // 2
+    expected = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[0, 1:], reduction="none")[-half:]
     assert torch.allclose(got.nll.double(), expected, atol=1e-5)
     assert meter.quality(ids, Policy.uniform(Dense()), reference).kl == pytest.approx(0.0, abs=1e-6)
     window = meter.quality(ids, Policy.uniform(SlidingWindow(8)), reference)
@@ -148,8 +150,16 @@ def test_meter_figures_equal_plain_transformers(model, ids):
 
 def test_decoding_is_prefill_then_single_tokens(model, ids):
     meter = Meter(model)
-    dense = meter.decoding(ids, 24, None)
+    with torch.inference_mode():
+        asked = torch.cat([ids[0], torch.tensor([1, 2, 3])])
+        answer = model(asked[None]).logits[0, -1:].argmax(-1)
+    questions = (Question(asked[-3:], answer, 0.5, 80), Question(asked[-3:], (answer + 1) % 64, 0.5, 80))
+    needles = Needles(ids[0], questions)
+    dense = meter.decoding(needles, 24, None)
     teacher = meter.quality(ids, None).nll[-24:]
     assert torch.allclose(dense.nll, teacher, atol=1e-4)
+    assert dense.hits == (True, False)
     policy = Policy.uniform(SlidingWindow(12, 1))
-    assert torch.allclose(meter.decoding(ids, 24, policy).nll, meter.quality(ids, policy).nll[-24:], atol=1e-4)
+    window = meter.decoding(needles, 24, policy)
+    assert torch.allclose(window.nll, meter.quality(ids, policy).nll[-24:], atol=1e-4)
+    assert window.density.density == pytest.approx(13 / ids.shape[1])

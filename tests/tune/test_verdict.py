@@ -33,17 +33,9 @@ def test_interval_covers_the_true_mean_in_about_95_of_100_samples():
     assert 180 <= hits <= 199
 
 
-def test_ratios_pair_each_run_with_its_own_round_and_session():
-    dense = [
-        {"round": "q.0", "session": 1, "prefill": 10.0},
-        {"round": "q.0", "session": 1, "prefill": 12.0},
-        {"round": "q.2", "session": 2, "prefill": 40.0},
-    ]
-    runs = [
-        {"round": "q.0", "session": 1, "prefill": 5.5},
-        {"round": "q.2", "session": 2, "prefill": 10.0},
-        {"round": "q.0", "session": 3, "prefill": 1.0},
-    ]
+def test_ratios_pair_each_run_with_the_dense_runs_of_its_own_session():
+    dense = [{"session": 1, "prefill": 10.0}, {"session": 1, "prefill": 12.0}, {"session": 2, "prefill": 40.0}]
+    runs = [{"session": 1, "prefill": 5.5}, {"session": 2, "prefill": 10.0}, {"session": 3, "prefill": 1.0}]
     assert ratios(dense, runs, "prefill") == [2.0, 4.0]
 
 

@@ -1,0 +1,39 @@
+"""Peak memory: what lives only for a moment counts, what was there before does not."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from foveal.bench.memory import MIB, PeakMemory
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc, which only Linux has"
+)
+
+
+def touch(mb: int) -> torch.Tensor:
+    return torch.ones(mb * MIB, dtype=torch.uint8)
+
+
+def test_memory_that_is_gone_again_still_counts() -> None:
+    with PeakMemory() as peak:
+        touch(200)
+    assert 190 < peak.extra_mb < 260
+
+
+def test_memory_from_before_does_not_count() -> None:
+    held = touch(200)
+    with PeakMemory() as peak:
+        small = touch(20)
+    assert peak.extra_mb < 60
+    assert held.numel() > small.numel()
+
+
+def test_the_high_water_mark_catches_what_no_sample_sees() -> None:
+    """Without the kernel's mark, a sampler that sleeps through the work sees nothing."""
+    with PeakMemory(period=30.0) as peak:
+        touch(200)
+    assert peak.extra_mb > 190
