@@ -124,7 +124,14 @@ class BaseMask:
                 rank = valid.long().cumsum(-1) - 1 + kv_offset
         lo = lo.clamp(max=kv_len)
         hi = torch.maximum(hi, lo)
-        plain = window is None and chunk is None and segments is None and valid is None and predicate is None and kv_offset == 0
+        plain = (
+            window is None
+            and chunk is None
+            and segments is None
+            and valid is None
+            and predicate is None
+            and kv_offset == 0
+        )
         return cls(q_len, kv_len, lo, hi, shift, causal, rank, valid, predicate, plain)
 
     @property
@@ -251,7 +258,13 @@ class BaseMask:
         valid = None if self.valid is None else self.valid[:, :kv_len]
         if valid is not None and bool(valid.all()):
             valid = None
-        plain = self.plain or (self.causal and valid is None and self.predicate is None and bool((self.lo == 0).all()) and int(self.rank[0, 0]) == 0)
+        plain = self.plain or (
+            self.causal
+            and valid is None
+            and self.predicate is None
+            and bool((self.lo == 0).all())
+            and int(self.rank[0, 0]) == 0
+        )
         return BaseMask(
             self.q_len, kv_len, torch.minimum(self.lo, hi), hi, self.shift, self.causal, self.rank[:, :kv_len], valid,
             self.predicate, plain, {k: v for k, v in self.cache.items() if k == "predicate_batch"},

@@ -37,11 +37,16 @@ class Density:
 
     def __add__(self, other: Density) -> Density:
         return Density(
-            self.pairs + other.pairs, self.allowed + other.allowed, self.tiles + other.tiles, self.allowed_tiles + other.allowed_tiles
+            self.pairs + other.pairs,
+            self.allowed + other.allowed,
+            self.tiles + other.tiles,
+            self.allowed_tiles + other.allowed_tiles,
         )
 
 
-def measure(layout: Layout | None, base: BaseMask, batch: int, num_heads: int, num_kv_heads: int | None = None) -> Density:
+def measure(
+    layout: Layout | None, base: BaseMask, batch: int, num_heads: int, num_kv_heads: int | None = None
+) -> Density:
     """Count exactly what ``layout`` keeps of ``base``, tile row by tile row; memory stays O(N).
 
     Args:
@@ -52,7 +57,9 @@ def measure(layout: Layout | None, base: BaseMask, batch: int, num_heads: int, n
     area = base.area()
     allowed = int(area.sum()) * (batch // area.shape[0]) * num_heads
     if layout is None:
-        tiles = float((base.block_map(128, 128) > EMPTY).sum()) * (batch // base.block_map(128, 128).shape[0]) * num_heads
+        tiles = (
+            float((base.block_map(128, 128) > EMPTY).sum()) * (batch // base.block_map(128, 128).shape[0]) * num_heads
+        )
         return Density(allowed, allowed, tiles, tiles)
     if isinstance(layout, BlockMask):
         return _blocks(layout, base, batch, num_heads, allowed)
@@ -80,7 +87,10 @@ def _blocks(mask: BlockMask, base: BaseMask, batch: int, num_heads: int, allowed
         pairs += int((joint.mask_mod(b[part, None, None], h[part, None, None], q, k) & inside).sum())
     reach = base.block_map(q_block, kv_block) > EMPTY
     return Density(
-        pairs * repeat, allowed, float((kinds > EMPTY).sum()) * repeat, float(reach.sum()) * (batch // reach.shape[0]) * num_heads
+        pairs * repeat,
+        allowed,
+        float((kinds > EMPTY).sum()) * repeat,
+        float(reach.sum()) * (batch // reach.shape[0]) * num_heads,
     )
 
 
@@ -122,6 +132,10 @@ def _groups(layout: Groups, base: BaseMask, batch: int, num_heads: int, num_kv_h
         listed += q.numel() * k.numel()
         for rows in q.split(1024):
             b = rows // (base.q_len * (num_heads if layout.per_head else 1))
-            pairs += int(base.allowed(b[:, None], torch.zeros_like(b)[:, None], (rows % base.q_len)[:, None], (k % base.kv_len)[None]).sum())
+            pairs += int(
+                base.allowed(
+                    b[:, None], torch.zeros_like(b)[:, None], (rows % base.q_len)[:, None], (k % base.kv_len)[None]
+                ).sum()
+            )
     repeat = 1 if layout.per_head else num_heads
     return Density(pairs * repeat, allowed, float(listed * repeat), float(allowed))

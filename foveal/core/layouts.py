@@ -39,23 +39,36 @@ class KeySelection:
         if self.block_size < 1:
             raise ShapeError(f"KeySelection.block_size is {self.block_size}; expected at least 1 query row per list.")
         if self.index.dtype != torch.int64:
-            raise ShapeError(f"KeySelection.index has dtype {self.index.dtype}; expected torch.int64. Call index.long().")
+            raise ShapeError(
+                f"KeySelection.index has dtype {self.index.dtype}; expected torch.int64. Call index.long()."
+            )
         shape = tuple(self.index.shape)
         blocks = -(-q_len // self.block_size)
-        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, num_kv_heads, num_heads) or shape[2] != blocks:
+        if (
+            len(shape) != 4
+            or shape[0] not in (1, batch)
+            or shape[1] not in (1, num_kv_heads, num_heads)
+            or shape[2] != blocks
+        ):
             raise ShapeError(
                 f"KeySelection.index has shape {shape}; expected (1 or batch={batch}, 1, {num_kv_heads} or {num_heads} heads, "
                 f"{blocks} blocks, K) because {q_len} queries in blocks of {self.block_size} make {blocks} blocks."
             )
         if self.limit is not None and tuple(self.limit.shape) not in ((1, q_len), (batch, q_len)):
-            raise ShapeError(f"KeySelection.limit has shape {tuple(self.limit.shape)}; expected (1 or batch={batch}, q_len={q_len}).")
+            raise ShapeError(
+                f"KeySelection.limit has shape {tuple(self.limit.shape)}; expected (1 or batch={batch}, q_len={q_len})."
+            )
         if self.index.numel() and int(self.index.max()) >= kv_len:
-            raise ShapeError(f"KeySelection.index names key {int(self.index.max())}; expected indices below kv_len={kv_len}.")
+            raise ShapeError(
+                f"KeySelection.index names key {int(self.index.max())}; expected indices below kv_len={kv_len}."
+            )
         ordered = self.index.sort(-1).values
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         if bool(twice.any()):
             where = tuple(int(i) for i in twice.nonzero()[0][:3])
-            raise ShapeError(f"KeySelection.index repeats a key in the list at (batch, head, block) = {where}; lists hold unique positions.")
+            raise ShapeError(
+                f"KeySelection.index repeats a key in the list at (batch, head, block) = {where}; lists hold unique positions."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +96,9 @@ class Groups:
     def validate(self, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`ShapeError` unless boundaries and indices fit these tensors."""
         if self.cu_q.shape != self.cu_k.shape or self.cu_q.dim() != 1:
-            raise ShapeError(f"Groups.cu_q has shape {tuple(self.cu_q.shape)} and cu_k {tuple(self.cu_k.shape)}; expected the same (G+1,).")
+            raise ShapeError(
+                f"Groups.cu_q has shape {tuple(self.cu_q.shape)} and cu_k {tuple(self.cu_k.shape)}; expected the same (G+1,)."
+            )
         for name, cu, index in (("q", self.cu_q, self.q_index), ("k", self.cu_k, self.k_index)):
             if int(cu[0]) != 0 or int(cu[-1]) != index.numel() or bool((cu.diff() < 0).any()):
                 raise ShapeError(
@@ -95,17 +110,24 @@ class Groups:
             if index.numel() and (int(index.max()) >= top or int(index.min()) < 0):
                 raise ShapeError(f"Groups.{name} spans {int(index.min())}…{int(index.max())}; expected 0…{top - 1}.")
         owners = []
-        for name, cu, index, per_unit in (("q_index", self.cu_q, self.q_index, q_len), ("k_index", self.cu_k, self.k_index, kv_len)):
+        for name, cu, index, per_unit in (
+            ("q_index", self.cu_q, self.q_index, q_len),
+            ("k_index", self.cu_k, self.k_index, kv_len),
+        ):
             group = torch.repeat_interleave(torch.arange(cu.numel() - 1, device=cu.device), cu.diff())
             ordered = (group * (q_top + k_top) + index).sort().values
             if bool((ordered[1:] == ordered[:-1]).any()):
-                raise ShapeError(f"Groups.{name} repeats a row inside one group; list each query and key of a group once.")
+                raise ShapeError(
+                    f"Groups.{name} repeats a row inside one group; list each query and key of a group once."
+                )
             unit = index // max(per_unit, 1)
             if self.per_head and name == "q_index":  # query heads that share a key head may share a group
                 unit = unit // num_heads * num_kv_heads + unit % num_heads // (num_heads // num_kv_heads)
             owners.append((group, unit))
         group, unit = (torch.cat(both) for both in zip(*owners, strict=True))
-        first = torch.full((self.cu_q.numel() - 1,), batch * num_heads, device=unit.device).scatter_reduce(0, group, unit, "amin")
+        first = torch.full((self.cu_q.numel() - 1,), batch * num_heads, device=unit.device).scatter_reduce(
+            0, group, unit, "amin"
+        )
         strangers = (unit != first[group]).nonzero()
         if strangers.numel():
             raise ShapeError(
@@ -143,7 +165,14 @@ def block_mask(
     count, index = lists(partial)
     full_count, full_index = lists(full)
     return BlockMask.from_kv_blocks(
-        count, index, full_count, full_index, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=lengths, compute_q_blocks=transpose
+        count,
+        index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
+        compute_q_blocks=transpose,
     )
 
 
@@ -160,12 +189,14 @@ def block_mask_kinds(mask: BlockMask) -> Tensor:
         return out[..., :nqb, :nkb]
 
     kinds = scatter(mask.kv_num_blocks, mask.kv_indices).to(torch.int8) * PARTIAL
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         kinds[scatter(mask.full_kv_num_blocks, mask.full_kv_indices)] = FULL
     return kinds
 
 
-def narrow(mask: BlockMask | None, base: BaseMask, block_size: tuple[int, int] = (128, 128), *, transpose: bool = True) -> BlockMask:
+def narrow(
+    mask: BlockMask | None, base: BaseMask, block_size: tuple[int, int] = (128, 128), *, transpose: bool = True
+) -> BlockMask:
     """The pairs of ``mask`` (None: all) that ``base`` also allows, as one ``BlockMask`` for any kernel.
 
     Tiles that the base mask empties disappear; tiles that it cuts become partial.
@@ -174,7 +205,9 @@ def narrow(mask: BlockMask | None, base: BaseMask, block_size: tuple[int, int] =
     if mask is None:
         memo = ("narrow", block_size, transpose)
         if memo not in base.cache:
-            base.cache[memo] = block_mask(base.block_map(*block_size)[:, None], block_size, lengths, base.mask_mod(), transpose=transpose)
+            base.cache[memo] = block_mask(
+                base.block_map(*block_size)[:, None], block_size, lengths, base.mask_mod(), transpose=transpose
+            )
         return base.cache[memo]
     if tuple(mask.seq_lengths) != lengths:
         raise ShapeError(

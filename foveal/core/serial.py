@@ -137,7 +137,7 @@ def _pretty(hint: Any) -> str:
         return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}.get(
             hint.__name__, hint.__name__
         )
-    args = [a for a in get_args(hint)]
+    args = get_args(hint)
     if args:
         return " or ".join("null" if a is type(None) else _pretty(a) for a in args)
     return str(hint)

@@ -16,8 +16,10 @@ from ..core.errors import ShapeError, UnsupportedError
 from ..core.layouts import Layout
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
+from ..patterns import Pattern
 from ..policies.policy import Rule
 from .masks import HostMask, base_from_tensor
+from .recompute import in_backward
 from .requests import cache_keys
 
 if TYPE_CHECKING:
@@ -26,12 +28,11 @@ if TYPE_CHECKING:
 HARMLESS = {
     "position_ids", "cache_position", "use_cache", "sliding_window", "output_hidden_states", "return_dict", "num_items_in_batch",
     "logits_to_keep", "labels", "target_dtype", "layer_idx", "deterministic", "token_type_ids", "mm_token_type_ids", "inputs_embeds",
-    "is_causal", "cache", "output_router_logits", "causal_mask", "position_embeddings", "interpolate_pos_encoding", "bool_masked_pos",
-    "past_key_values", "encoder_attention_mask", "encoder_hidden_states", "head_mask", "cross_attn_head_mask", "input_ids", "output_attentions",
+    "is_causal", "output_router_logits", "causal_mask", "position_embeddings", "interpolate_pos_encoding", "bool_masked_pos",
+    "past_key_values", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "softcap", "s_aux",
 }  # fmt: skip
-"""Keyword arguments of attention functions that say nothing beyond what mask and tensors already say (sliding windows are in
-the mask); anything else that is set is refused by name."""
-
+"""Keyword arguments of attention functions that are honoured, or that say nothing beyond what mask and tensors already say
+(sliding windows are in the mask); anything else that is set is refused by name."""
 
 OUTPUT_ATTENTIONS = "output_attentions=True asks for N×N weights, which foveal never builds. Use foveal.lens, or attn_implementation='eager'."
 
@@ -90,12 +91,10 @@ class Forward:
 
     def read_tensor(self, mask: Tensor, q_len: int, kv_len: int, shift: int, cross: bool) -> BaseMask:
         """The base mask of a 4-D tensor."""
-        key = (id(mask), mask._version, q_len, kv_len, shift, cross)
-        if key not in self.tensors:
-            self.tensors[key] = (
-                mask,
-                base_from_tensor(mask, q_len, kv_len, shift, cross),
-            )  # holds the tensor, so that its id stays taken
+        version = -1 if mask.is_inference() else mask._version
+        key = (id(mask), version, q_len, kv_len, shift, cross)
+        if key not in self.tensors:  # the tensor is held as well, so that its id stays taken
+            self.tensors[key] = (mask, base_from_tensor(mask, q_len, kv_len, shift, cross))
         return self.tensors[key][1]
 
 
@@ -108,13 +107,13 @@ def refuse_unhonoured(module: nn.Module, dropout: float, kwargs: Mapping[str, An
         )
     if kwargs.get("output_attentions"):
         raise UnsupportedError(OUTPUT_ATTENTIONS)
-    for key in ("head_mask", "cross_attn_head_mask", "cache"):
+    for key in ("head_mask", "cross_attn_head_mask"):
         if kwargs.get(key) is not None:
             raise UnsupportedError(
                 f"{name} passes {key!r} to its attention, which foveal does not honour. Leave it out, or run without foveal."
             )
     for key, item in kwargs.items():
-        if item is not None and item is not False and key not in HARMLESS and key not in ("softcap", "s_aux"):
+        if item is not None and item is not False and key not in HARMLESS:
             raise UnsupportedError(
                 f"{name} passes the keyword argument {key!r} to its attention, which foveal does not know. "
                 "Leave it out, or run this model without foveal."
@@ -204,6 +203,21 @@ def _scale(module: nn.Module, dim: int) -> float:
     return scale
 
 
+def _check_needs(pattern: Pattern, ctx: SelectContext) -> None:
+    """Refuse patterns that need what transformers does not tell an attention function."""
+    for need in sorted(pattern.needs):
+        if getattr(ctx, need, None) is None:
+            raise UnsupportedError(
+                f"the pattern {pattern.registered_name!r} needs {need}, which transformers does not give to {ctx.layer_name}; "
+                "use another pattern in this layer."
+            )
+    if "earlier" in pattern.needs and in_backward():
+        raise UnsupportedError(
+            f"the pattern {pattern.registered_name!r} reads what earlier layers selected, which a checkpointed backward has forgotten; "
+            "switch gradient checkpointing off."
+        )
+
+
 def _check(call: AttentionCall, name: str) -> None:
     if call.q.shape[1] % call.k.shape[1]:
         raise ShapeError(
@@ -277,6 +291,7 @@ def _select_and_compute(
     span: int,
 ) -> tuple[Tensor, Layout | None]:
     pattern = rule.pattern(ctx.decoding)
+    _check_needs(pattern, ctx)
     slot = (ctx.layer_index, span)
     state = handle.requests.get(around.cache, slot, ctx.q_offset, around.keys_before)
     with torch.no_grad():

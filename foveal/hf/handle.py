@@ -143,6 +143,7 @@ class Handle:
         live.depth -= 1
         if live.depth == 0:
             interface.running().remove(self)
+            live.forward.tensors.clear()
 
     @torch.compiler.disable
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -211,10 +211,8 @@ def _hide(call: AttentionCall, tiles: _Tiles, b: Tensor, head: Tensor, u: Tensor
         if cut.table is not None:
             part = cut.table[where]
         else:
-            part = (
-                _hidden(call.base, cut.mod, *(i[..., None, None] for i in (b, heads, u, t)), tiles.size)
-                & where[..., None, None]
-            )
+            one_b, one_h, one_u, one_t = (i[..., None, None] for i in (b, heads, u, t))
+            part = _hidden(call.base, cut.mod, one_b, one_h, one_u, one_t, tiles.size) & where[..., None, None]
         hidden = part if hidden is None else hidden | part
     return None if hidden is None else hidden.transpose(2, 3)
 

@@ -409,6 +409,15 @@ def test_a_four_dimensional_mask_is_read_once_for_all_layers(monkeypatch: pytest
     assert len(reads) == 1
 
 
+def test_a_four_dimensional_mask_in_inference_mode_and_after_the_forward() -> None:
+    model, ids = build("llama"), tokens(2, 12)
+    with torch.inference_mode(), foveal.attach(model, Dense()) as handle:
+        got = output(model, input_ids=ids, attention_mask=own_mask("bool"))
+        assert not handle.live.forward.tensors, "the mask is let go"
+    with torch.no_grad(), foveal.attach(model, Dense()):
+        assert torch.equal(got.clone(), output(model, input_ids=ids, attention_mask=own_mask("bool")))
+
+
 def test_a_mask_object_of_another_kind_is_refused() -> None:
     class Plain:
         shape = (1, 1, 12, 12)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import foveal
 from foveal.core.density import Density
-from foveal.core.errors import ConfigError, ShapeError
+from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
 from foveal.hf import AttentionEvent
 from foveal.hf.requests import RequestStates, cache_keys
 from foveal.patterns import BlockTopK, Dense, Pattern, SlidingWindow, Triangle
@@ -204,6 +204,24 @@ def test_later_layers_see_what_earlier_ones_selected_in_this_forward_only() -> N
         for _ in range(2):
             output(model, input_ids=tokens(1, 12))
     assert known == [[], [0], [0, 1]] * 2
+
+
+def test_a_pattern_that_needs_what_the_host_does_not_say_is_refused() -> None:
+    class Wants(Dense):
+        registered_name = "test_wants"
+        needs = frozenset({"pre_rope_q"})
+
+    with (
+        foveal.attach(build("llama"), Wants()) as handle,
+        pytest.raises(UnsupportedError, match="'test_wants' needs pre_rope_q"),
+    ):
+        handle.model(**inputs("llama"))
+
+    class Hidden(Wants):
+        needs = frozenset({"hidden_states"})
+
+    with foveal.attach(build("llama"), Hidden()) as handle:
+        handle.model(**inputs("llama"))
 
 
 def test_two_threads_in_one_model_do_not_see_each_other() -> None:

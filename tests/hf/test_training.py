@@ -215,3 +215,18 @@ def test_inference_leaves_no_guards_behind() -> None:
     with foveal.attach(model, Dense()), torch.no_grad():
         loss_of(model, "vit")
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_pattern_that_reads_earlier_layers_is_refused_in_a_checkpointed_backward() -> None:
+    class Reuses(Dense):
+        registered_name = "test_reuses"
+        needs = frozenset({"earlier"})
+
+    plain = ready("llama")
+    with foveal.attach(plain, Reuses()):
+        loss_of(plain, "llama").backward()
+    model = ready("llama", use_reentrant=False)
+    with foveal.attach(model, Reuses()):
+        loss = loss_of(model, "llama")
+        with pytest.raises(UnsupportedError, match="'test_reuses' reads what earlier layers selected"):
+            loss.backward()
