@@ -40,7 +40,6 @@ def patterns(context: int) -> list[tuple[str, Pattern]]:
     return [
         (f"window {quarter}", SlidingWindow(quarter, SINKS)),
         (f"window {eighth}", SlidingWindow(eighth, SINKS)),
-        (f"triangle {eighth}", Triangle(eighth, sinks=64, dense_rows=128)),
         ("block top-k 25 %", BlockTopK(budget=Budget(density=0.25))),
         ("block top-k 12.5 %", BlockTopK(budget=Budget(density=0.125))),
         ("dhsa vsb 25 %", DHSA(variant="vsb", budget=Budget(density=0.25))),
@@ -49,8 +48,9 @@ def patterns(context: int) -> list[tuple[str, Pattern]]:
 
 def layer_options(context: int) -> list[Pattern]:
     """What the search may choose in a layer: dense first, then the patterns of :func:`patterns` and further budgets."""
-    half, sixteenth = max(1, context // 2), max(1, context // 16)
+    half, eighth, sixteenth = (max(1, context // n) for n in (2, 8, 16))
     more = [
+        Triangle(eighth, sinks=64, dense_rows=128),
         SlidingWindow(half, SINKS),
         SlidingWindow(sixteenth, SINKS),
         BlockTopK(budget=Budget(density=0.5)),

@@ -74,7 +74,7 @@ class Meter:
                 stack.enter_context(attach(self.model, policy, impl=self.impl, probes=probes))
             yield
 
-    def _forward(self, ids: Tensor, keep: int, **kwargs: Any) -> tuple[Any, float]:
+    def forward(self, ids: Tensor, keep: int, **kwargs: Any) -> tuple[Any, float]:
         """A forward that keeps the last ``keep`` logits (0: all), and the seconds until its hidden states stood."""
         base = self.model.base_model
         marks: dict[str, float] = {}
@@ -114,7 +114,7 @@ class Meter:
         seen = Kept()
         count = self.scored(ids.shape[1])
         with self.under(policy, (seen,)):
-            out, seconds = self._forward(ids, count + 1, use_cache=False)
+            out, seconds = self.forward(ids, count + 1, use_cache=False)
             logits = out.logits[0, -count - 1 :]
             nll = losses(logits[:-1], ids[0, -count:].to(self.device), what)
             kl = reference.kl(logits) if reference is not None else 0.0
@@ -129,7 +129,7 @@ class Meter:
         split = ids.shape[1] - tail
         with self.under(policy):
             with PeakMemory(self.device) as peak:
-                out, prefill = self._forward(ids[:, :split], 1, use_cache=True)
+                out, prefill = self.forward(ids[:, :split], 1, use_cache=True)
             cache, rows = out.past_key_values, [out.logits[0, -1:]]
             start = self._now()
             for at in range(split, ids.shape[1] - 1):
@@ -148,7 +148,7 @@ class Meter:
     def prefill(self, ids: Tensor, policy: Policy | None) -> float:
         """Seconds of one prefill of ``ids`` ``(1, N)`` with a cache."""
         with self.under(policy):
-            return self._forward(ids, 1, use_cache=True)[1]
+            return self.forward(ids, 1, use_cache=True)[1]
 
 
 class Kept:

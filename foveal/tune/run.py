@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class _Work:
     needles: needle.Needles
     text_info: dict[str, Any]
     report: Report
+    reference: DenseLogits = field(default_factory=DenseLogits)
     done: int = 0
     total: int = 0
 
@@ -87,8 +88,9 @@ def run_tune(
             _decode_rule(work, proposed),
             work.tick,
         )
-        proposed = [*proposed, Candidate("per layer", policy, "per-layer")]
-        _measure(work, proposed[-1:])
+        if any(found.picked):  # otherwise the search came back to dense, which is a candidate already
+            proposed = [*proposed, Candidate("per layer", policy, "per-layer")]
+            _measure(work, proposed[-1:])
     rows, baseline, informative = figures(work.journal, proposed)
     judge(rows, baseline, options.max_ppl_increase, informative)
     _again(work, proposed, rows)
@@ -177,11 +179,11 @@ def _baseline(work: _Work, kind: str, unit: Unit) -> None:
 
 
 def _quality_unit(work: _Work) -> Unit:
-    reference = DenseLogits()
-
     def unit(candidate: Candidate | None) -> dict[str, Any]:
         name = candidate.name if candidate else "the dense model"
-        got = work.meter.quality(work.needles.context[None], candidate.policy if candidate else None, reference, name)
+        got = work.meter.quality(
+            work.needles.context[None], candidate.policy if candidate else None, work.reference, name
+        )
         return {
             "prefill": got.seconds, "nll": _short(got.nll), "kl": got.kl, "density": got.density.density,
             "tile_density": got.density.tile_density,

@@ -1,8 +1,9 @@
 """Find a pattern for each layer: score all, confirm the best by the logits, choose the cheapest inside the budget, re-measure.
 
 1. One dense forward; at every layer each option attends to the same q, k, v: output error and time.
-2. The two most promising options of each layer are confirmed: only that layer changes, for the last rows of the text after
-   a dense prefix, and the KL of the logits to the dense model's is measured.
+2. The two most promising options of each layer are confirmed: only that layer changes, for a block of rows in the text's last
+   third after a dense prefix, and the KL of the logits to the dense model's is measured. The rows keep what the option chose
+   for them in the whole text, so options that treat the end of a prompt specially gain nothing by it.
 3. A knapsack picks one option per layer: least time with the sum of KLs under a limit. The sum only guides the choice.
 4. The whole policy is measured at the full context on the search text; when it costs more than allowed the limit shrinks
    and step 3 is repeated. What is reported in the end is measured again on held-out text.
@@ -20,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.context import SelectContext, State
+from ..core.errors import UnsupportedError
+from ..core.layouts import Groups, KeySelection, Layout, block_mask, block_mask_kinds
 from ..hf import AttentionEvent
 from ..kernels.dispatch import compute
 from ..patterns import Pattern
@@ -28,9 +32,9 @@ from ..policies.policy import Policy, Rule
 from .journal import Journal
 from .meter import Meter
 
-TAIL = 64
+ROWS = 128
 """Rows whose logits confirm an option."""
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass
@@ -71,14 +75,20 @@ class Found:
         return {"options": [str(p) for p in self.options], "layers": layers, "rounds": self.rounds}
 
 
-def score_layers(meter: Meter, ids: Tensor, options: Sequence[Pattern], tick: Callable[[], None]) -> list[list[Trial]]:
+Scored = tuple[list[list[Trial]], list[list[Layout | None]]]
+"""Per layer and option: the trial, and what the option keeps in the confirmed rows."""
+
+
+def score_layers(meter: Meter, ids: Tensor, options: Sequence[Pattern], tick: Callable[[], None]) -> Scored:
     """Step 1: output error and time of every option in every layer, from one dense forward over ``ids`` ``(1, N)``."""
     trials: list[list[Trial]] = []
+    kept: list[list[Layout | None]] = []
+    first, last = confirmed_rows(ids.shape[1])
 
     def probe(event: AttentionEvent) -> None:
         if event.role != "self":
             return
-        dense, row = event.out.float(), []
+        dense, row, slices = event.out.float(), [], []
         size = float(dense.square().sum())
         for index, pattern in enumerate(options):
             start = time.perf_counter()
@@ -88,12 +98,55 @@ def score_layers(meter: Meter, ids: Tensor, options: Sequence[Pattern], tick: Ca
                 torch.cuda.synchronize(out.device)
             seconds = time.perf_counter() - start
             row.append(Trial(index, float((out.float() - dense).square().sum()) / max(size, 1e-30), seconds))
+            slices.append(rows_of(layout, first, last))
         trials.append(row)
+        kept.append(slices)
         tick()
 
     with meter.under(Policy.uniform(Dense()), (probe,)):
-        meter._forward(ids, 1, use_cache=False)
-    return trials
+        meter.forward(ids, 1, use_cache=False)
+    return trials, kept
+
+
+def confirmed_rows(length: int) -> tuple[int, int]:
+    """The block of rows that confirms options: ``ROWS`` rows that begin at a multiple of ``ROWS`` in the last third."""
+    first = max(length * 3 // 4 // ROWS * ROWS, 0)
+    return first, min(first + ROWS, length)
+
+
+def rows_of(layout: Layout | None, first: int, last: int) -> Layout | None:
+    """What a layout keeps in rows ``[first, last)``, over the keys ``[0, last)``."""
+    if layout is None:
+        return None
+    if isinstance(layout, KeySelection):
+        blocks = slice(first // layout.block_size, -(-last // layout.block_size))
+        index = layout.index[:, :, blocks]
+        limit = None if layout.limit is None else layout.limit[:, first:last]
+        return KeySelection(torch.where(index < last, index, -1), layout.block_size, limit)
+    if isinstance(layout, Groups):
+        raise UnsupportedError(
+            "the search confirms block masks and key lists; a pattern that gives Groups cannot be an option yet."
+        )
+    q_block, kv_block = layout.BLOCK_SIZE
+    if first % q_block:
+        raise UnsupportedError(
+            f"an option has query blocks of {q_block} rows; expected a divisor of {ROWS}, so that confirmed rows begin a block."
+        )
+    kinds = block_mask_kinds(layout)[:, :, first // q_block : -(-last // q_block), : -(-last // kv_block)]
+    mod = layout.mask_mod
+    return block_mask(
+        kinds, (q_block, kv_block), (last - first, last), lambda b, h, q, k: mod(b, h, q + first, k), transpose=False
+    )
+
+
+@dataclass(frozen=True)
+class _Fixed(Pattern):
+    """A layout decided beforehand, for the confirmed rows."""
+
+    layout: Any = None
+
+    def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
+        return self.layout, state
 
 
 def shortlist(trials: Sequence[Trial], count: int = 2) -> list[int]:
@@ -106,14 +159,14 @@ def shortlist(trials: Sequence[Trial], count: int = 2) -> list[int]:
 
 
 class Confirmer:
-    """Step 2: KL of the logits when one layer changes, over the last rows of a text behind a dense prefix."""
+    """Step 2: KL of the logits when one layer changes, over a block of rows behind a dense prefix."""
 
-    def __init__(self, meter: Meter, ids: Tensor, tail: int = TAIL) -> None:
-        self.meter, self.tail = meter, min(tail, ids.shape[1] // 4)
-        self.rows = ids[:, -self.tail :]
+    def __init__(self, meter: Meter, ids: Tensor) -> None:
+        self.meter = meter
+        first, last = confirmed_rows(ids.shape[1])
+        self.rows = ids[:, first:last]
         with meter.under(None):
-            out, _ = meter._forward(ids[:, : -self.tail], 1, use_cache=True)
-            self._prefix = out.past_key_values
+            self._prefix = meter.forward(ids[:, :first], 1, use_cache=True)[0].past_key_values
         self._dense = torch.log_softmax(self._logits(Policy.uniform(Dense())), -1)
 
     def _logits(self, policy: Policy) -> Tensor:
@@ -122,9 +175,9 @@ class Confirmer:
             out = self.meter.model(input_ids=self.rows.to(self.meter.device), past_key_values=cache, use_cache=True)
         return out.logits[0].float()
 
-    def kl(self, layer: int, pattern: Pattern) -> float:
-        """Mean KL(dense ‖ changed), nats per token."""
-        log_q = torch.log_softmax(self._logits(Policy(layers=((layer, Rule(pattern)),))), -1)
+    def kl(self, layer: int, kept: Layout | None) -> float:
+        """Mean KL(dense ‖ changed), nats per token, when ``layer`` keeps ``kept`` (see :func:`rows_of`)."""
+        log_q = torch.log_softmax(self._logits(Policy(layers=((layer, Rule(_Fixed(kept))),))), -1)
         return max(float((self._dense.exp() * (self._dense - log_q)).sum(-1).mean()), 0.0)
 
 
@@ -175,21 +228,25 @@ def search(
         decode_of: the pattern to decode with after prefilling with one (None: the same).
         tick: called with a line after each finished unit of work.
     """
-    names = [str(p) for p in options]
-    if "search.scores" not in journal:
-        found = score_layers(meter, ids, options, lambda: tick("scoring layers"))
-        journal.put("search.scores", {"options": names, "trials": [[vars(t) for t in row] for row in found]})
+    open_layers = "search.scores" not in journal or any(
+        f"search.kl.{i}" not in journal for i in range(len(journal["search.scores"]["trials"]))
+    )
+    kept: list[list[Layout | None]] = []
+    if open_layers:
+        found, kept = score_layers(meter, ids, options, lambda: tick("scoring layers"))
+        if "search.scores" not in journal:
+            journal.put("search.scores", {"trials": [[vars(t) for t in row] for row in found]})
     trials = [[Trial(**t) for t in row] for row in journal["search.scores"]["trials"]]
-    confirmer: Confirmer | None = None
+    confirmer = Confirmer(meter, ids) if open_layers else None
     for layer, row in enumerate(trials):
         key = f"search.kl.{layer}"
         if key not in journal:
-            confirmer = confirmer or Confirmer(meter, ids)
-            journal.put(key, {"kl": {str(o): confirmer.kl(layer, options[o]) for o in shortlist(row)}})
+            assert confirmer is not None
+            journal.put(key, {"kl": {str(o): confirmer.kl(layer, kept[layer][o]) for o in shortlist(row)}})
         for option, kl in journal[key]["kl"].items():
             row[int(option)].kl = kl
         tick(f"confirming layer {layer}")
-    del confirmer
+    del confirmer, kept
     return _assemble(meter, ids, options, trials, max_increase, journal, decode_of, tick)
 
 
@@ -225,7 +282,7 @@ def _assemble(meter: Meter, ids: Tensor, options: Sequence[Pattern], trials: lis
             limit = min(limit * 2, (limit + lowest_bad) / 2)
         else:
             lowest_bad = min(lowest_bad, limit)
-            limit = limit * min(max(max_increase / increase, 0.25), 0.8)
+            limit = limit * min(max(max_increase / increase, 0.2), 0.5)
     found.picked = best[1]
     return found, _policy(options, best[1], decode_of)
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foveal.core.budget import Budget
 from foveal.data.needle import Needles, Question
-from foveal.patterns import Dense, SlidingWindow
+from foveal.patterns import BlockTopK, Dense, SlidingWindow, Triangle
 from foveal.policies import Policy, Rule
 from foveal.tune.journal import Journal
 from foveal.tune.meter import DenseLogits, Meter
-from foveal.tune.search import Confirmer, Trial, choose, score_layers, search, shortlist
+from foveal.tune.search import Confirmer, Trial, choose, confirmed_rows, score_layers, search, shortlist
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def test_shortlist_drops_slower_and_dominated_options():
 
 def test_scores_are_the_output_errors_of_every_layer(model, ids):
     options = [Dense(), SlidingWindow(8), SlidingWindow(32), SlidingWindow(200)]
-    trials = score_layers(Meter(model), ids, options, lambda: None)
+    trials, kept = score_layers(Meter(model), ids, options, lambda: None)
+    assert [len(row) for row in kept] == [4, 4, 4]
     assert len(trials) == 3
     for row in trials:
         assert row[0].error == 0.0
@@ -85,20 +87,31 @@ def test_scores_are_the_output_errors_of_every_layer(model, ids):
         assert row[3].error == 0.0
 
 
-def test_confirmed_kl_is_that_of_the_whole_prompt_where_the_prefix_is_dense(model, ids):
-    """With a dense prefix in the cache, changing a layer for the last rows gives exactly the KL of those rows."""
-    tail = 20
-    confirmer = Confirmer(Meter(model), ids, tail)
-    assert confirmer.kl(1, Dense()) == pytest.approx(0.0, abs=1e-9)
-    pattern = SlidingWindow(16)
-    got = confirmer.kl(2, pattern)  # the last layer: its rows do not influence other rows
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        SlidingWindow(16),
+        Triangle(16, sinks=2, dense_rows=40),
+        BlockTopK(budget=Budget(density=0.4), q_block=16, kv_block=16),
+    ],
+)
+def test_confirmed_kl_is_that_of_the_whole_prompt(model, monkeypatch, pattern):
+    """In the last layer no row influences another, so the block's KL must be that of one pass over the whole prompt."""
+    ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("foveal.tune.search.ROWS", 32)
+    first, last = confirmed_rows(200)
+    assert (first, last) == (128, 160)
     meter = Meter(model)
+    _, kept = score_layers(meter, ids, [Dense(), pattern], lambda: None)
+    confirmer = Confirmer(meter, ids)
+    assert confirmer.kl(1, None) == pytest.approx(0.0, abs=1e-9)
+    got = confirmer.kl(2, kept[2][1])
     with meter.under(None):
-        dense = torch.log_softmax(model(ids).logits[0, -tail:].double(), -1)
+        dense = torch.log_softmax(model(ids).logits[0, first:last].double(), -1)
     with meter.under(Policy(layers=((2, Rule(pattern)),))):
-        other = torch.log_softmax(model(ids).logits[0, -tail:].double(), -1)
+        other = torch.log_softmax(model(ids).logits[0, first:last].double(), -1)
     expected = float((dense.exp() * (dense - other)).sum(-1).mean())
-    assert expected > 1e-5
+    assert expected > 1e-6
     assert got == pytest.approx(expected, rel=1e-3)
 
 
@@ -106,11 +119,11 @@ def test_search_stays_inside_the_limit_and_resumes_from_the_journal(model, ids, 
     options = [Dense(), SlidingWindow(16, 2), SlidingWindow(64, 2)]
 
     def timed(meter, text, patterns, tick):  # real scores, but with clear times: this machine's noise must not decide
-        rows = real(meter, text, patterns, tick)
+        rows, kept = real(meter, text, patterns, tick)
         for row in rows:
             for trial, seconds in zip(row, (1.0, 0.2, 0.5), strict=True):
                 trial.seconds = seconds
-        return rows
+        return rows, kept
 
     real = score_layers
     monkeypatch.setattr("foveal.tune.search.score_layers", timed)
