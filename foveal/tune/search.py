@@ -165,8 +165,10 @@ class Confirmer:
         self.meter = meter
         first, last = confirmed_rows(ids.shape[1])
         self.rows = ids[:, first:last]
-        with meter.under(None):
-            self._prefix = meter.forward(ids[:, :first], 1, use_cache=True)[0].past_key_values
+        self._prefix = None  # a text of a few hundred tokens has its confirmed rows at the beginning
+        if first:
+            with meter.under(None):
+                self._prefix = meter.forward(ids[:, :first], 1, use_cache=True)[0].past_key_values
         self._dense = torch.log_softmax(self._logits(Policy.uniform(Dense())), -1)
 
     def _logits(self, policy: Policy) -> Tensor:
