@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.bench.memory import PeakMemory
 from foveal.core.provenance import provenance
 from foveal.data import text
 from foveal.hf.load import LoadedModel, load_model
@@ -32,11 +32,6 @@ from foveal.lens import profile_attention, profile_model
 
 TARGET = 2.0
 LAYER_LENGTHS = (4096, 8192, 16384)
-
-
-def peak_mb() -> float:
-    """Highest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def loaded(name: str, context: int) -> tuple[LoadedModel, Tensor]:
@@ -89,10 +84,10 @@ def child(args: argparse.Namespace) -> dict[str, float]:
         small = [torch.randn(1, h, 256, dim, generator=generator) for h in (heads, kv_heads)]
         profile_attention(*small)  # loads what it needs
         q, k = (torch.randn(1, h, args.context, dim, generator=generator) for h in (heads, kv_heads))
-        before = peak_mb()
-        profile_attention(q, k)
+        with PeakMemory() as peak:
+            profile_attention(q, k)
         inputs = (q.numel() + k.numel()) * q.element_size() / 2**20
-        added = peak_mb() - before
+        added = peak.extra_mb
         scores = heads * args.context**2 * q.element_size() / 2**20
         return {
             "context": args.context,
@@ -103,12 +98,12 @@ def child(args: argparse.Namespace) -> dict[str, float]:
         }
     model, ids = loaded(args.model, args.context)
     profile_model(model.model, ids[:, :256])
-    before = peak_mb()
-    if args.child == "dense":
-        prefill(model, ids)()
-    else:
-        profile_model(model.model, ids)
-    return {"context": args.context, "added_mb": peak_mb() - before}
+    with PeakMemory() as peak:
+        if args.child == "dense":
+            prefill(model, ids)()
+        else:
+            profile_model(model.model, ids)
+    return {"context": args.context, "added_mb": peak.extra_mb}
 
 
 def alone(kind: str, model: str, context: int, shape: tuple[int, int, int]) -> dict[str, float]:
