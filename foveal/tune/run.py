@@ -156,9 +156,7 @@ Unit = Callable[[Candidate | None], dict[str, Any]]
 
 def _round(work: _Work, kind: str, candidates: list[Candidate], unit: Unit, again: bool = False) -> None:
     missing = [c for c in candidates if f"{kind}.{c.name}" not in work.journal]
-    if missing and (
-        again or kind == "quality" or not _baseline_here(work, kind)
-    ):  # quality also needs the dense logits
+    if missing and (again or not _baseline_here(work, kind)):
         _baseline(work, kind, unit)
     for candidate in candidates:
         if candidate in missing:
