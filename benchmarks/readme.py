@@ -72,14 +72,27 @@ def speed_block() -> str:
         ("10 % of random blocks, 8,192 tokens, forward: times faster than dense SDPA", goal["forward_over_sdpa"], "≥"),
         ("the same, forward and backward", goal["forward_backward_over_sdpa"], "≥"),
         ("the same, forward: times faster than compiled FlexAttention", goal["flex_over_gather"], "≥"),
-        ("memory beside q, k and v at 16,384 tokens, times their size (the worst of ten cases)", memory["targets"]["times_q_k_v"], "≤"),
-        ("profiling SmolLM2 at 4,096 tokens, times one dense prefill", {**profile["time"], "reached": profile["time"]["ratio"]}, "≤"),
+        (
+            "memory beside q, k and v at 16,384 tokens, times their size (the worst of ten cases)",
+            memory["targets"]["times_q_k_v"],
+            "≤",
+        ),
+        (
+            "profiling SmolLM2 at 4,096 tokens, times one dense prefill",
+            {**profile["time"], "reached": profile["time"]["ratio"]},
+            "≤",
+        ),
     ]
     lines = ["| `gather` and the profiler on this machine | reached | target | |", "|---|---:|---:|---|"]
     for what, row, sign in rows:
-        lines.append(f"| {what} | {row['reached']:.2f} | {sign} {row['target']:.2f} | {'met' if row['met'] else 'missed'} |")
+        lines.append(
+            f"| {what} | {row['reached']:.2f} | {sign} {row['target']:.2f} | {'met' if row['met'] else 'missed'} |"
+        )
     where = speed["provenance"]
-    lines += ["", f"float32, {_machine(where['machine'])}, torch {where['torch']}, {where['date'][:10]}; sources in [`benchmarks/`](benchmarks/README.md)."]
+    lines += [
+        "",
+        f"float32, {_machine(where['machine'])}, torch {where['torch']}, {where['date'][:10]}; sources in [`benchmarks/`](benchmarks/README.md).",
+    ]
     return "\n".join(lines)
 
 

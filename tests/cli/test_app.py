@@ -101,8 +101,9 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_real_interruption() -> None:
     code = (
-        "import os, signal\nfrom foveal.core import info\nfrom foveal.cli import main\n"
-        "info.info = lambda: os.kill(os.getpid(), signal.SIGINT)\nmain()"
+        "import os, signal, time\nfrom foveal.core import info\nfrom foveal.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts with it ignored
+        "info.info = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\nmain()"
     )
     run = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, check=False)
     assert run.returncode == 130

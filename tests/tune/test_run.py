@@ -50,7 +50,8 @@ def test_writes_results_policy_and_report(folder, tmp_path, few):
     assert {"model", "context", "dtype", "machine", "baseline", "candidates", "chosen"} <= stored.keys()
     assert {"name", "prefill_s", "decode_tok_s", "peak_mb", "ppl", "needle"} <= stored["baseline"].keys()
     names = [c["name"] for c in stored["candidates"]]
-    assert stored["chosen"] in names and len(names) == 4
+    assert stored["chosen"] in names and names[:3] == ["dense", "window 64", "block top-k"]
+    assert names[3:] in ([], ["per layer"]), "a search that comes back to dense adds no candidate"
     for row in stored["candidates"]:
         assert row.keys() >= NEEDED
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
