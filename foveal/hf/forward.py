@@ -19,7 +19,7 @@ from ..kernels.dispatch import compute
 from ..patterns import Pattern
 from ..policies.policy import Rule
 from .masks import HostMask, base_from_tensor
-from .recompute import in_backward
+from .recompute import Forgotten, in_backward
 from .requests import cache_keys
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def attend(
     context = SelectContext(
         base=base, layer_index=index, layer_name=site.name, num_layers=handle.num_layers, role="cross" if cross else "self",
         q_offset=q_offset, scale=float(scale), positions=around.position_ids, hidden_states=around.hidden_states,
-        earlier=handle.live.forward.selections,
+        earlier=_earlier(handle, mask, index),
     )  # fmt: skip
     rule = Rule() if cross else handle.policy.rule(index)
     out, layout = _by_heads(handle, call, rule, context, around, sinks)
@@ -203,6 +203,15 @@ def _scale(module: nn.Module, dim: int) -> float:
     return scale
 
 
+def _earlier(handle: Handle, mask: Any, index: int) -> Mapping[int, Selection]:
+    """What the layers before this one selected in the forward that runs, or that a checkpointed backward runs again."""
+    if not in_backward():
+        return handle.live.forward.selections
+    if not isinstance(mask, HostMask) or handle.shared:
+        return Forgotten()
+    return {layer: chosen for layer, chosen in mask.selections.items() if layer < index}
+
+
 def _check_needs(pattern: Pattern, ctx: SelectContext) -> None:
     """Refuse patterns that need what transformers does not tell an attention function."""
     for need in sorted(pattern.needs):
@@ -211,11 +220,6 @@ def _check_needs(pattern: Pattern, ctx: SelectContext) -> None:
                 f"the pattern {pattern.registered_name!r} needs {need}, which transformers does not give to {ctx.layer_name}; "
                 "use another pattern in this layer."
             )
-    if "earlier" in pattern.needs and in_backward():
-        raise UnsupportedError(
-            f"the pattern {pattern.registered_name!r} reads what earlier layers selected, which a checkpointed backward has forgotten; "
-            "switch gradient checkpointing off."
-        )
 
 
 def _check(call: AttentionCall, name: str) -> None:
@@ -298,7 +302,7 @@ def _select_and_compute(
         layout, state = pattern.select(call.q.detach(), call.k.detach(), ctx, state)
     seen = ctx.q_offset + call.base.q_len
     handle.requests.put(around.cache, slot, state, seen, cache_keys(around.cache, around.cache_layer))
-    if span == 0:
+    if span == 0 and not in_backward():
         handle.live.forward.selections[ctx.layer_index] = Selection(layout, state)
     if handle.measuring and ctx.layer_index >= 0:
         got = measure(layout, call.base, call.q.shape[0], call.q.shape[1], call.k.shape[1])

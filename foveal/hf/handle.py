@@ -40,6 +40,7 @@ class Handle:
     Attributes:
         model: the attached model. policy: what runs. num_layers: its self-attention layers. impl: kernel choice.
         probes: functions called with every :class:`AttentionEvent`.
+        shared: whether layers share a module, so that they are told apart only by the order of calls.
     """
 
     def __init__(self, model: nn.Module, policy: Policy, impl: str, measuring: bool, probes: Sequence[Probe]) -> None:
@@ -48,7 +49,7 @@ class Handle:
         found = families.sites(model)
         self.sites: dict[nn.Module, families.AttentionSite] = {s.module: s for s in found}
         self.num_layers = families.depth(model, found)
-        self._shared = self.num_layers > sum(s.index >= 0 for s in found)
+        self.shared = self.num_layers > sum(s.index >= 0 for s in found)
         policy.check_fits(self.num_layers, type(model).__name__)
         self.requests = RequestStates()
         self.live = Live()
@@ -184,7 +185,7 @@ class Handle:
 
     def next_index(self, site: families.AttentionSite) -> int:
         """Number of the self-attention layer that runs now; layers that share a module are counted as they come."""
-        if not self._shared:
+        if not self.shared:
             return site.index
         if self.policy.layers and recompute.in_backward():
             raise UnsupportedError(

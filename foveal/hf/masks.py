@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.base_mask import BaseMask
+from ..core.context import Selection
 from ..core.errors import UnsupportedError
 from .structure import as_predicate, read_structure
 
@@ -32,20 +33,24 @@ class HostMask(torch.Tensor):
         base: the mask, over exactly these queries and keys.
         q_offset: tokens of the request before row 0.
         owner: the handle whose model was running when it was made, or None.
+        selections: what the layers of that forward select, by layer index; a checkpointed backward finds it here again.
         rebuild: makes the mask that another implementation (by name) would have received.
     """
 
     base: BaseMask
     q_offset: int
     owner: Any
+    selections: dict[int, Selection]
     rebuild: Rebuild
 
     @staticmethod
-    def make(base: BaseMask, batch: int, q_offset: int, owner: Any, rebuild: Rebuild) -> HostMask:
+    def make(
+        base: BaseMask, batch: int, q_offset: int, owner: Any, selections: dict[int, Selection], rebuild: Rebuild
+    ) -> HostMask:
         """Wrap a base mask."""
         flat = torch.zeros((), dtype=torch.bool, device=base.device).expand(batch, 1, base.q_len, base.kv_len)
         mask = flat.as_subclass(HostMask)
-        mask.base, mask.q_offset, mask.owner, mask.rebuild = base, q_offset, owner, rebuild
+        mask.base, mask.q_offset, mask.owner, mask.selections, mask.rebuild = base, q_offset, owner, selections, rebuild
         return mask
 
     def contiguous(self, *args: Any, **kwargs: Any) -> HostMask:  # type: ignore[override]
@@ -75,7 +80,9 @@ class HostMask(torch.Tensor):
                     whole = rebuild(name)
                     return None if whole is None else whole[..., :n]
 
-                return HostMask.make(self.base.crop_keys(n), self.shape[0], self.q_offset, self.owner, cut_rebuild)
+                return HostMask.make(
+                    self.base.crop_keys(n), self.shape[0], self.q_offset, self.owner, self.selections, cut_rebuild
+                )
         raise UnsupportedError(
             f"the model indexes its attention mask with {index!r}, which foveal cannot follow; this model family is not supported."
         )
@@ -185,7 +192,9 @@ def mask_function_for_host(running: Callable[[], Any]) -> Callable[..., HostMask
             q_length, kv_length, offset, kv_offset, mask_function, attention_mask, device or "cpu", scalar
         )
         base.cache["predicate_batch"] = batch_size
-        return HostMask.make(base, batch_size, offset, running(), rebuild)
+        owner = running()
+        selections = {} if owner is None else owner.live.forward.selections
+        return HostMask.make(base, batch_size, offset, owner, selections, rebuild)
 
     return foveal_mask
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
+
 import torch
 from torch import nn
 
+from ..core.context import Selection
 from ..core.errors import UnsupportedError
 
 
@@ -21,6 +25,25 @@ def checkpoints_layers(model: nn.Module) -> bool:
 def inside_checkpoint() -> bool:
     """Whether somebody packs what backward needs, as ``torch.utils.checkpoint`` does with ``use_reentrant=False``."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class Forgotten(Mapping[int, Selection]):
+    """Selections of earlier layers where a checkpointed backward cannot know them; reading any of them raises."""
+
+    def _raise(self) -> NoReturn:
+        raise UnsupportedError(
+            "a pattern reads what earlier layers selected, which a checkpointed backward of this model has forgotten; "
+            "switch gradient checkpointing off, or use a pattern that chooses in each layer anew."
+        )
+
+    def __getitem__(self, layer: int) -> Selection:
+        self._raise()
+
+    def __iter__(self) -> Iterator[int]:
+        self._raise()
+
+    def __len__(self) -> int:
+        self._raise()
 
 
 def refuse(name: str, when: str) -> UnsupportedError:

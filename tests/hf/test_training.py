@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import foveal
+from foveal.core.context import SelectContext, State
 from foveal.core.errors import UnsupportedError
+from foveal.core.layouts import Layout
 from foveal.patterns import Dense, Pattern, SlidingWindow
 
 from ..support import assert_close
@@ -217,16 +219,40 @@ def test_inference_leaves_no_guards_behind() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_a_pattern_that_reads_earlier_layers_is_refused_in_a_checkpointed_backward() -> None:
-    class Reuses(Dense):
-        registered_name = "test_reuses"
-        needs = frozenset({"earlier"})
+class ReusesFirst(BlockSums):
+    """Layer 0 chooses by content; every later layer keeps what layer 0 kept."""
 
-    plain = ready("llama")
-    with foveal.attach(plain, Reuses()):
-        loss_of(plain, "llama").backward()
+    registered_name = "test_reuses_first"
+
+    def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
+        if ctx.layer_index == 0:
+            return super().select(q, k, ctx, state)
+        assert list(ctx.earlier) == list(range(ctx.layer_index))
+        return ctx.earlier[0].layout, None
+
+
+@reentrant
+def test_a_checkpointed_backward_reads_the_selections_of_its_own_forward(use_reentrant: bool) -> None:
+    """Two forwards over different tokens, then both backwards: each layer is recomputed with what its own forward chose."""
+
+    def run(model: Any) -> dict[str, Tensor]:
+        with foveal.attach(model, ReusesFirst()):
+            losses = []
+            for seed in (0, 1):
+                ids = torch.randint(models.VOCAB, (2, 20), generator=torch.Generator().manual_seed(seed))
+                losses.append(model(input_ids=ids, use_cache=False).logits.square().mean())
+            losses[0].backward()
+            losses[1].backward()
+        return gradients(model)
+
+    expected = run(ready("llama"))
+    assert_same(run(ready("llama", use_reentrant=use_reentrant)), expected, 1e-9)
+
+
+def test_a_pattern_that_reads_earlier_layers_is_refused_where_backward_cannot_know_them() -> None:
     model = ready("llama", use_reentrant=False)
-    with foveal.attach(model, Reuses()):
-        loss = loss_of(model, "llama")
-        with pytest.raises(UnsupportedError, match="'test_reuses' reads what earlier layers selected"):
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    with foveal.attach(model, ReusesFirst()):
+        loss = model(**given("llama"), attention_mask=mask).logits.mean()
+        with pytest.raises(UnsupportedError, match="reads what earlier layers selected"):
             loss.backward()
