@@ -35,6 +35,9 @@ def tune(
     seed: Annotated[int, typer.Option(help="Chooses text spans, needles and sampled rows.")] = 0,
     decode_tokens: Annotated[int, typer.Option(help="Tokens scored one by one through the cache.")] = 256,
     search: Annotated[bool, typer.Option(help="Also search a policy layer by layer.")] = True,
+    search_texts: Annotated[
+        int, typer.Option(help="Pieces of the text that a searched policy must hold on, as far as the text reaches.")
+    ] = 3,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code of its own.")
     ] = False,
@@ -61,6 +64,7 @@ def tune(
         seed=seed,
         decode_tokens=decode_tokens,
         search=search,
+        search_texts=search_texts,
         trust_remote_code=trust_remote_code,
     )
     with bar() as report:

@@ -25,6 +25,7 @@ class TuneOptions:
         seed: chooses the text spans, the needles and the sampled rows.
         decode_tokens: tokens scored one by one through the cache.
         search: also search a policy layer by layer.
+        search_texts: on how many disjoint pieces of the text, at most; the policy must stay inside the limit on each of them.
         trust_remote_code: let a checkpoint run code of its own.
     """
 
@@ -39,6 +40,7 @@ class TuneOptions:
     seed: int = 0
     decode_tokens: int = 256
     search: bool = True
+    search_texts: int = 3
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class TuneOptions:
         check_range(self, "context", low=64)
         check_range(self, "seed", low=0)
         check_range(self, "decode_tokens", low=2)
+        check_range(self, "search_texts", low=1)
         if not self.max_ppl_increase > 0:
             raise ConfigError(
                 f"max_ppl_increase is {self.max_ppl_increase!r}; expected a value above 0, such as 0.01 for 1 %."

@@ -74,7 +74,8 @@ def run_tune(
     work = _prepare(options, report or (lambda *_: None), say or (lambda _: None))
     proposed = uniform(options.context)
     layers = _layers(work)
-    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + (2 * layers + 4 if options.search else 0)
+    texts = len(work.search_ids)
+    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + ((texts + 1) * layers + 4 if options.search else 0)
     profile = _profile(work)
     _measure(work, proposed)
     found: Found | None = None
@@ -114,7 +115,9 @@ def _prepare(options: TuneOptions, report: Report, say: Callable[[str], None]) -
         loaded.model.set_attn_implementation(BASELINE)
     ids = text.tokens(loaded.tokenizer, content)
     ahead = text.prefix(loaded.tokenizer)
-    spans = text.split(ids, options.context, seed=options.seed, ahead=ahead)
+    pieces = len(ids) // max(1, options.context - len(ahead))
+    texts = min(options.search_texts, max(1, pieces - 1))
+    spans = text.split(ids, options.context, search=texts, seed=options.seed, ahead=ahead)
     needles = needle.build(
         loaded.tokenizer, spans.held_out[0], options.context, depths=NEEDLE_DEPTHS, seed=options.seed
     )
@@ -134,7 +137,7 @@ def _profile(work: _Work) -> dict[str, Any]:
     """Step 2: what every head does on the search text."""
     if "profile" not in work.journal:
         got = profile_model(
-            work.loaded.model, work.search_ids, window=min(128, work.options.context // 8), seed=work.options.seed
+            work.loaded.model, work.search_ids[:1], window=min(128, work.options.context // 8), seed=work.options.seed
         )
         work.journal.put("profile", {"json": got.to_json()})
     work.tick("profiled every head")

@@ -1,55 +1,30 @@
 """Find a pattern for each layer: score all, confirm the best by the logits, choose the cheapest inside the budget, re-measure.
 
-1. One dense forward; at every layer each option attends to the same q, k, v: output error and time.
-2. The two most promising options of each layer are confirmed: only that layer changes, for a block of rows in the text's last
-   third after a dense prefix, and the KL of the logits to the dense model's is measured. The rows keep what the option chose
-   for them in the whole text, so options that treat the end of a prompt specially gain nothing by it.
-3. A knapsack picks one option per layer: least time with the sum of KLs under a limit. The sum only guides the choice.
-4. The whole policy is measured at the full context on the search text; when it costs more than allowed the limit shrinks
-   and step 3 is repeated. What is reported in the end is measured again on held-out text.
+1. Options are scored in every layer and the best confirmed on several texts (see ``survey``).
+2. A knapsack picks one option per layer: least time with the sum of KLs under a limit. The sum only guides the choice.
+3. The whole policy is measured at the full context on the search texts; it must stay inside the allowed loss on *each* of
+   them, so that it has a chance to hold on a text that the search did not see: of K + 1 texts that are alike, a new one is
+   the worst in one case of K + 1. When it costs more, the limit shrinks and step 2 is repeated.
+
+What is reported in the end is measured again on held-out text.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.context import SelectContext, State
-from ..core.errors import UnsupportedError
-from ..core.layouts import Groups, KeySelection, Layout, block_mask, block_mask_kinds
-from ..hf import AttentionEvent
-from ..kernels.dispatch import compute
 from ..patterns import Pattern
-from ..patterns.dense import Dense
 from ..policies.policy import Policy, Rule
 from .journal import Journal
 from .meter import Meter
+from .survey import Confirmer, Survey, Trial, shortlist, survey
 
-ROWS = 128
-"""Rows whose logits confirm an option."""
 ROUNDS = 5
-
-
-@dataclass
-class Trial:
-    """One option in one layer.
-
-    Attributes:
-        option: index into the options. error: ‖out − dense‖² / ‖dense‖² of the layer's attention output.
-        seconds: one attention call at the full context, selection included. kl: nats, None when not confirmed.
-    """
-
-    option: int
-    error: float
-    seconds: float
-    kl: float | None = None
 
 
 @dataclass
@@ -59,12 +34,15 @@ class Found:
     Attributes:
         options: the patterns tried; option 0 is dense.
         trials: per layer, one trial per option. picked: per layer, the option chosen.
-        rounds: for each round the limit on the sum of KLs, the predicted sum, and the measured increase of perplexity.
+        texts: how many texts it was searched on.
+        rounds: for each round the limit on the sum of KLs, the predicted sum, and the measured increase of perplexity on the
+            worst text measured (a text that breaks the limit ends the round).
     """
 
     options: list[Pattern]
     trials: list[list[Trial]]
     picked: list[int]
+    texts: int
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -72,115 +50,7 @@ class Found:
             {"layer": i, "tried": [vars(t) for t in trials], "picked": self.picked[i]}
             for i, trials in enumerate(self.trials)
         ]
-        return {"options": [str(p) for p in self.options], "layers": layers, "rounds": self.rounds}
-
-
-Scored = tuple[list[list[Trial]], list[list[Layout | None]]]
-"""Per layer and option: the trial, and what the option keeps in the confirmed rows."""
-
-
-def score_layers(meter: Meter, ids: Tensor, options: Sequence[Pattern], tick: Callable[[], None]) -> Scored:
-    """Step 1: output error and time of every option in every layer, from one dense forward over ``ids`` ``(1, N)``."""
-    trials: list[list[Trial]] = []
-    kept: list[list[Layout | None]] = []
-    first, last = confirmed_rows(ids.shape[1])
-
-    def probe(event: AttentionEvent) -> None:
-        if event.role != "self":
-            return
-        dense, row, slices = event.out.float(), [], []
-        size = float(dense.square().sum())
-        for index, pattern in enumerate(options):
-            start = time.perf_counter()
-            layout, _ = pattern.select(event.call.q, event.call.k, event.ctx, None)
-            out, _ = compute(event.call.replace(layout=layout), meter.impl, event.sink_logits)
-            if out.device.type == "cuda":
-                torch.cuda.synchronize(out.device)
-            seconds = time.perf_counter() - start
-            row.append(Trial(index, float((out.float() - dense).square().sum()) / max(size, 1e-30), seconds))
-            slices.append(rows_of(layout, first, last))
-        trials.append(row)
-        kept.append(slices)
-        tick()
-
-    with meter.under(Policy.uniform(Dense()), (probe,)):
-        meter.forward(ids, 1, use_cache=False)
-    return trials, kept
-
-
-def confirmed_rows(length: int) -> tuple[int, int]:
-    """The block of rows that confirms options: ``ROWS`` rows that begin at a multiple of ``ROWS`` in the last third."""
-    first = max(length * 3 // 4 // ROWS * ROWS, 0)
-    return first, min(first + ROWS, length)
-
-
-def rows_of(layout: Layout | None, first: int, last: int) -> Layout | None:
-    """What a layout keeps in rows ``[first, last)``, over the keys ``[0, last)``."""
-    if layout is None:
-        return None
-    if isinstance(layout, KeySelection):
-        blocks = slice(first // layout.block_size, -(-last // layout.block_size))
-        index = layout.index[:, :, blocks]
-        limit = None if layout.limit is None else layout.limit[:, first:last]
-        return KeySelection(torch.where(index < last, index, -1), layout.block_size, limit)
-    if isinstance(layout, Groups):
-        raise UnsupportedError(
-            "the search confirms block masks and key lists; a pattern that gives Groups cannot be an option yet."
-        )
-    q_block, kv_block = layout.BLOCK_SIZE
-    if first % q_block:
-        raise UnsupportedError(
-            f"an option has query blocks of {q_block} rows; expected a divisor of {ROWS}, so that confirmed rows begin a block."
-        )
-    kinds = block_mask_kinds(layout)[:, :, first // q_block : -(-last // q_block), : -(-last // kv_block)]
-    mod = layout.mask_mod
-    return block_mask(
-        kinds, (q_block, kv_block), (last - first, last), lambda b, h, q, k: mod(b, h, q + first, k), transpose=False
-    )
-
-
-@dataclass(frozen=True)
-class _Fixed(Pattern):
-    """A layout decided beforehand, for the confirmed rows."""
-
-    layout: Any = None
-
-    def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
-        return self.layout, state
-
-
-def shortlist(trials: Sequence[Trial], count: int = 2) -> list[int]:
-    """The options worth confirming: faster than dense, not beaten in both time and error, most seconds saved per error."""
-    dense = trials[0]
-    faster = [t for t in trials[1:] if t.seconds < dense.seconds]
-    front = [t for t in faster if not any(o.seconds < t.seconds and o.error < t.error for o in faster)]
-    front.sort(key=lambda t: (dense.seconds - t.seconds) / max(t.error, 1e-12), reverse=True)
-    return [t.option for t in front[:count]]
-
-
-class Confirmer:
-    """Step 2: KL of the logits when one layer changes, over a block of rows behind a dense prefix."""
-
-    def __init__(self, meter: Meter, ids: Tensor) -> None:
-        self.meter = meter
-        first, last = confirmed_rows(ids.shape[1])
-        self.rows = ids[:, first:last]
-        self._prefix = None  # a text of a few hundred tokens has its confirmed rows at the beginning
-        if first:
-            with meter.under(None):
-                self._prefix = meter.forward(ids[:, :first], 1, use_cache=True)[0].past_key_values
-        self._dense = torch.log_softmax(self._logits(Policy.uniform(Dense())), -1)
-
-    def _logits(self, policy: Policy) -> Tensor:
-        with self.meter.under(policy):
-            cache = copy.deepcopy(self._prefix)
-            out = self.meter.model(input_ids=self.rows.to(self.meter.device), past_key_values=cache, use_cache=True)
-        return out.logits[0].float()
-
-    def kl(self, layer: int, kept: Layout | None) -> float:
-        """Mean KL(dense ‖ changed), nats per token, when ``layer`` keeps ``kept`` (see :func:`rows_of`)."""
-        log_q = torch.log_softmax(self._logits(Policy(layers=((layer, Rule(_Fixed(kept))),))), -1)
-        return max(float((self._dense.exp() * (self._dense - log_q)).sum(-1).mean()), 0.0)
+        return {"options": [str(p) for p in self.options], "texts": self.texts, "layers": layers, "rounds": self.rounds}
 
 
 def choose(trials: Sequence[Sequence[Trial]], limit: float, bins: int = 2000) -> list[int]:
@@ -221,7 +91,7 @@ def search(
     decode_of: Callable[[Pattern], Pattern | None],
     tick: Callable[[str], None],
 ) -> tuple[Found, Policy]:
-    """All four steps over the search text ``ids`` ``(1, N)``.
+    """All steps over the search texts ``ids`` ``(S, N)``.
 
     Args:
         options: patterns; the first is dense.
@@ -230,47 +100,79 @@ def search(
         decode_of: the pattern to decode with after prefilling with one (None: the same).
         tick: called with a line after each finished unit of work.
     """
-    open_layers = "search.scores" not in journal or any(
-        f"search.kl.{i}" not in journal for i in range(len(journal["search.scores"]["trials"]))
-    )
-    kept: list[list[Layout | None]] = []
-    if open_layers:
-        found, kept = score_layers(meter, ids, options, lambda: tick("scoring layers"))
-        if "search.scores" not in journal:
-            journal.put("search.scores", {"trials": [[vars(t) for t in row] for row in found]})
-    trials = [[Trial(**t) for t in row] for row in journal["search.scores"]["trials"]]
-    confirmer = Confirmer(meter, ids) if open_layers else None
-    for layer, row in enumerate(trials):
-        key = f"search.kl.{layer}"
-        if key not in journal:
-            assert confirmer is not None
-            journal.put(key, {"kl": {str(o): confirmer.kl(layer, kept[layer][o]) for o in shortlist(row)}})
-        for option, kl in journal[key]["kl"].items():
-            row[int(option)].kl = kl
-        tick(f"confirming layer {layer}")
-    del confirmer, kept
+    trials = _confirmed(meter, ids, options, journal, tick)
     return _assemble(meter, ids, options, trials, max_increase, journal, decode_of, tick)
 
 
+def _confirmed(
+    meter: Meter, ids: Tensor, options: Sequence[Pattern], journal: Journal, tick: Callable[[str], None]
+) -> list[list[Trial]]:
+    """Step 1."""
+    known = _read_scores(journal)
+    surveys: list[Survey] = []
+    if known is None or any(f"search.kl.{i}" not in journal for i in range(len(known))):
+        for number, text in enumerate(ids.split(1)):
+            scores = known if number == 0 else _read_scores(journal)
+            surveys.append(survey(meter, text, options, scores, lambda: tick("scoring layers")))
+            if number == 0 and known is None:
+                journal.put("search.scores", {"trials": [[vars(t) for t in row] for row in surveys[0].trials]})
+        journal.put("search.dense", {"nll": [s.nll for s in surveys]})
+    trials = _read_scores(journal)
+    assert trials is not None
+    confirmers = [Confirmer(meter, found) for found in surveys]
+    for layer, row in enumerate(trials):
+        key = f"search.kl.{layer}"
+        if key not in journal:
+            journal.put(key, {"kl": {str(o): [c.kl(layer, o) for c in confirmers] for o in shortlist(row)}})
+        for option, by_text in journal[key]["kl"].items():
+            row[int(option)].kl = max(by_text)
+        tick(f"confirming layer {layer}")
+    return trials
+
+
+def _read_scores(journal: Journal) -> list[list[Trial]] | None:
+    if "search.scores" not in journal:
+        return None
+    return [[Trial(**t) for t in row] for row in journal["search.scores"]["trials"]]
+
+
+class _Whole:
+    """Measures whole policies on the search texts, the text that was worst so far first."""
+
+    def __init__(self, meter: Meter, ids: Tensor, limit: float, journal: Journal) -> None:
+        self.meter, self.texts, self.limit, self.journal = meter, ids.split(1), limit, journal
+        self.dense: list[float] = journal["search.dense"]["nll"]
+        self.order = list(range(len(self.texts)))
+
+    def increase(self, picked: Sequence[int], policy: Policy) -> float:
+        """The largest increase of perplexity over the texts, or the first found that breaks the limit."""
+        worst = -math.inf
+        for text in list(self.order):
+            key = f"search.whole.{text}." + "-".join(map(str, picked))
+            if key not in self.journal:
+                got = self.meter.quality(self.texts[text], policy, what="the searched policy")
+                self.journal.put(key, {"increase": math.expm1(float(got.nll.mean()) - self.dense[text])})
+            increase = self.journal[key]["increase"]
+            if increase > worst:
+                worst = increase
+                self.order.remove(text)
+                self.order.insert(0, text)
+            if increase > self.limit:
+                break
+        return worst
+
+
 def _assemble(meter: Meter, ids: Tensor, options: Sequence[Pattern], trials: list[list[Trial]], max_increase: float, journal: Journal, decode_of: Callable[[Pattern], Pattern | None], tick: Callable[[str], None]) -> tuple[Found, Policy]:  # fmt: skip
-    """Steps 3 and 4."""
-    if "search.dense" not in journal:
-        dense = meter.quality(ids, None)
-        journal.put("search.dense", {"nll": float(dense.nll.mean())})
-    dense_nll = journal["search.dense"]["nll"]
-    allowed = math.log1p(max_increase)
-    limit, lowest_bad = allowed, math.inf
+    """Steps 2 and 3."""
+    whole = _Whole(meter, ids, max_increase, journal)
+    limit, lowest_bad = math.log1p(max_increase), math.inf
     best: tuple[float, list[int]] = (sum(row[0].seconds for row in trials), [0] * len(trials))
-    found = Found(list(options), trials, best[1])
+    found = Found(list(options), trials, best[1], len(whole.texts))
     tried: dict[tuple[int, ...], float] = {tuple(best[1]): 0.0}
     for _ in range(ROUNDS):
         picked = choose(trials, limit)
         if tuple(picked) not in tried:
-            key = "search.whole." + "-".join(map(str, picked))
-            if key not in journal:
-                got = meter.quality(ids, _policy(options, picked, decode_of), what="the searched policy")
-                journal.put(key, {"increase": math.expm1(float(got.nll.mean()) - dense_nll)})
-            tried[tuple(picked)] = journal[key]["increase"]
+            tried[tuple(picked)] = whole.increase(picked, _policy(options, picked, decode_of))
         increase = tried[tuple(picked)]
         predicted = sum(row[o].kl or 0.0 for row, o in zip(trials, picked, strict=True))
         found.rounds.append({"limit_kl": limit, "predicted_kl": predicted, "measured_ppl_increase": increase})
@@ -294,6 +196,3 @@ def _policy(
 ) -> Policy:
     rules = tuple((i, Rule(options[o], decode_of(options[o]))) for i, o in enumerate(picked))
     return Policy(layers=rules, name="per layer")
-
-
-__all__ = ["Confirmer", "Found", "Trial", "choose", "score_layers", "search", "shortlist"]

@@ -67,6 +67,19 @@ def test_writes_results_policy_and_report(folder, tmp_path, few):
     assert seen[-1][0] <= seen[-1][1] and [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
+@pytest.mark.parametrize(("pieces", "texts"), [(2, 1), (3, 2), (9, 3)])
+def test_the_search_takes_as_many_texts_as_there_are(folder, tmp_path, few, pieces, texts):
+    from transformers import AutoTokenizer
+
+    from foveal.data.text import load_text, tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokens(tokenizer, load_text())[: 256 * pieces + 40]
+    (tmp_path / "text").write_text(tokenizer.decode(ids))
+    results = run_tune(options(folder, tmp_path / "out", text=str(tmp_path / "text")))
+    assert results["search"]["texts"] == texts
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path, few, monkeypatch):
     from foveal.tune.meter import Meter
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from foveal.core.budget import Budget
 from foveal.data.needle import Needles, Question
@@ -15,7 +15,8 @@ from foveal.patterns import BlockTopK, Dense, SlidingWindow, Triangle
 from foveal.policies import Policy, Rule
 from foveal.tune.journal import Journal
 from foveal.tune.meter import DenseLogits, Meter
-from foveal.tune.search import Confirmer, Trial, choose, confirmed_rows, score_layers, search, shortlist
+from foveal.tune.search import _Whole, choose, search
+from foveal.tune.survey import Confirmer, Trial, confirmed_rows, shortlist, survey
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,11 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.randint(0, 64, (1, 160), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def texts() -> torch.Tensor:
+    return torch.randint(0, 64, (3, 160), generator=torch.Generator().manual_seed(0))
 
 
 def random_trials(seed: int, layers: int = 4, options: int = 4) -> list[list[Trial]]:
@@ -78,15 +84,30 @@ def test_shortlist_drops_slower_and_dominated_options():
 
 def test_scores_are_the_output_errors_of_every_layer(model, ids):
     options = [Dense(), SlidingWindow(8), SlidingWindow(32), SlidingWindow(200)]
-    trials, kept = score_layers(Meter(model), ids, options, lambda: None)
-    assert [len(row) for row in kept] == [4, 4, 4]
-    assert len(trials) == 3
-    for row in trials:
+    found = survey(Meter(model), ids, options)
+    assert [sorted(layer) for layer in found.kept] == [[0, 1, 2, 3]] * 3
+    assert len(found.trials) == 3
+    for row in found.trials:
         assert row[0].error == 0.0
         assert row[1].error > row[2].error > 0
         assert row[3].error == 0.0
 
 
+def test_layers_that_share_a_mask_share_the_median_time(model, ids):
+    trials = survey(Meter(model), ids, [Dense(), SlidingWindow(8)]).trials
+    assert {tuple(t.seconds for t in row) for row in trials} == {tuple(t.seconds for t in trials[0])}
+
+
+def test_a_survey_knows_the_dense_loss_and_follows_given_scores(model, ids):
+    meter, options = Meter(model), [Dense(), SlidingWindow(8), SlidingWindow(32)]
+    scores = [[Trial(0, 0.0, 1.0), Trial(1, 0.5, 0.2), Trial(2, 0.1, 2.0)]] * 3
+    found = survey(meter, ids, options, scores)
+    assert found.trials == scores
+    assert [list(layer) for layer in found.kept] == [[1]] * 3, "only what is worth confirming is selected"
+    assert found.nll == pytest.approx(float(meter.quality(ids, None).nll.mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["full", "sliding"])
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -95,17 +116,18 @@ def test_scores_are_the_output_errors_of_every_layer(model, ids):
         BlockTopK(budget=Budget(density=0.4), q_block=16, kv_block=16),
     ],
 )
-def test_confirmed_kl_is_that_of_the_whole_prompt(model, monkeypatch, pattern):
+def test_confirmed_kl_is_that_of_the_whole_prompt(model, monkeypatch, pattern, family):
     """In the last layer no row influences another, so the block's KL must be that of one pass over the whole prompt."""
+    if family == "sliding":
+        model = hybrid()
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("foveal.tune.search.ROWS", 32)
+    monkeypatch.setattr("foveal.tune.survey.ROWS", 32)
     first, last = confirmed_rows(200)
     assert (first, last) == (128, 160)
     meter = Meter(model)
-    _, kept = score_layers(meter, ids, [Dense(), pattern], lambda: None)
-    confirmer = Confirmer(meter, ids)
-    assert confirmer.kl(1, None) == pytest.approx(0.0, abs=1e-9)
-    got = confirmer.kl(2, kept[2][1])
+    confirmer = Confirmer(meter, survey(meter, ids, [Dense(), pattern]))
+    assert confirmer.kl(1, 0) == pytest.approx(0.0, abs=1e-9)
+    got = confirmer.kl(2, 1)
     with meter.under(None):
         dense = torch.log_softmax(model(ids).logits[0, first:last].double(), -1)
     with meter.under(Policy(layers=((2, Rule(pattern)),))):
@@ -115,35 +137,138 @@ def test_confirmed_kl_is_that_of_the_whole_prompt(model, monkeypatch, pattern):
     assert got == pytest.approx(expected, rel=1e-3)
 
 
-def test_search_stays_inside_the_limit_and_resumes_from_the_journal(model, ids, tmp_path, monkeypatch):
-    options = [Dense(), SlidingWindow(16, 2), SlidingWindow(64, 2)]
+def hybrid() -> Gemma3ForCausalLM:
+    """Two layers with a rolling cache of 24 tokens before one of full attention."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=256, sliding_window=24, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.dim() > 1 else 0.1))
+    return model
 
-    def timed(meter, text, patterns, tick):  # real scores, but with clear times: this machine's noise must not decide
-        rows, kept = real(meter, text, patterns, tick)
-        for row in rows:
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Real scores, but with clear times: this machine's noise must not decide."""
+    real = survey
+
+    def clear(*args, **kwargs):
+        found = real(*args, **kwargs)
+        for row in found.trials:
             for trial, seconds in zip(row, (1.0, 0.2, 0.5), strict=True):
                 trial.seconds = seconds
-        return rows, kept
+        return found
 
-    real = score_layers
-    monkeypatch.setattr("foveal.tune.search.score_layers", timed)
+    monkeypatch.setattr("foveal.tune.search.survey", clear)
+
+
+def test_search_stays_inside_the_limit_and_resumes_from_the_journal(model, texts, tmp_path, timed, monkeypatch):
+    options = [Dense(), SlidingWindow(16, 2), SlidingWindow(64, 2)]
     journal = Journal(tmp_path / "j.jsonl", "d")
-    found, policy = search(Meter(model), ids, options, 0.01, journal, lambda p: Dense(), lambda line: None)
+    found, policy = search(Meter(model), texts, options, 0.01, journal, lambda p: Dense(), lambda line: None)
     best = [r for r in found.rounds if r["measured_ppl_increase"] <= 0.01]
     assert best, "no round was inside the limit"
     assert any(found.picked), "a tolerant tiny model leaves something to sparsify"
+    assert found.texts == 3
     assert policy.rule(0).pattern(decoding=True) == Dense()
     assert [policy.rule(i).prefill for i in range(3)] == [options[o] for o in found.picked]
 
     def never(*_: object) -> None:
         raise AssertionError("measured again although the journal holds it")
 
-    monkeypatch.setattr("foveal.tune.search.score_layers", never)
+    monkeypatch.setattr("foveal.tune.search.survey", never)
     monkeypatch.setattr("foveal.tune.search.Confirmer", never)
     again, same = search(
-        Meter(model), ids, options, 0.01, Journal(tmp_path / "j.jsonl", "d"), lambda p: Dense(), lambda line: None
+        Meter(model), texts, options, 0.01, Journal(tmp_path / "j.jsonl", "d"), lambda p: Dense(), lambda line: None
     )
     assert same == policy and again.picked == found.picked
+
+
+def test_an_interrupted_search_does_not_score_again(model, texts, tmp_path, timed, monkeypatch):
+    """Scores of the first text are journaled before the others are looked at, and each confirmed layer at once."""
+    options = [Dense(), SlidingWindow(16, 2), SlidingWindow(64, 2)]
+
+    def go(name: str) -> tuple[list[int], list[list[Trial]]]:
+        journal = Journal(tmp_path / name, "d")
+        found, _ = search(Meter(model), texts, options, 0.01, journal, lambda p: Dense(), lambda line: None)
+        return found.picked, found.trials
+
+    expected = go("whole.jsonl")
+    real, calls = Confirmer.kl, []
+
+    def breaks(self: Confirmer, layer: int, option: int) -> float:
+        calls.append(layer)
+        if layer == 2:
+            raise KeyboardInterrupt
+        return real(self, layer, option)
+
+    monkeypatch.setattr(Confirmer, "kl", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        go("cut.jsonl")
+    calls.clear()
+    monkeypatch.setattr(Confirmer, "kl", lambda self, layer, option: calls.append(layer) or real(self, layer, option))
+    monkeypatch.setattr("foveal.tune.survey._score", lambda *_: pytest.fail("scored again"))
+    assert go("cut.jsonl") == expected
+    assert set(calls) == {2}
+
+
+@pytest.fixture(scope="module")
+def writer() -> LlamaForCausalLM:
+    """A tiny model whose attention matters: texts that it wrote itself cost more under every sparse pattern."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=320,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
+                part.weight.mul_(8)
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(writer) -> torch.Tensor:
+    """Three texts by the writer, each token drawn from its distribution."""
+    g, ids = torch.Generator().manual_seed(0), torch.tensor([[1], [2], [3]])
+    with torch.inference_mode():
+        for _ in range(319):
+            ids = torch.cat([ids, torch.multinomial(writer(ids).logits[:, -1].softmax(-1), 1, generator=g)], 1)
+    return ids
+
+
+def test_the_policy_holds_on_every_search_text(writer, written, tmp_path, timed):
+    """What is picked stays inside the limit on each text, not only on average or on the first."""
+    options = [Dense(), SlidingWindow(48, 2), SlidingWindow(100, 2)]
+    meter, limit = Meter(writer), 0.05
+    found, policy = search(
+        meter, written, options, limit, Journal(tmp_path / "j", "d"), lambda p: Dense(), lambda line: None
+    )
+    increases = [
+        math.expm1(float((meter.quality(t, policy).nll - meter.quality(t, None).nll).mean())) for t in written.split(1)
+    ]
+    assert any(found.picked) and max(increases) <= limit
+    broken = [r["measured_ppl_increase"] for r in found.rounds if r["measured_ppl_increase"] > limit]
+    assert broken, "the test needs a policy that was refused"
+
+
+def test_the_text_that_breaks_the_limit_is_measured_first_and_ends_the_round(model, texts, tmp_path):
+    journal = Journal(tmp_path / "j", "d")
+    journal.put("search.dense", {"nll": [float(Meter(model).quality(t, None).nll.mean()) for t in texts.split(1)]})
+    policy = Policy.uniform(SlidingWindow(4))
+    whole = _Whole(Meter(model), texts, math.inf, journal)
+    worst = whole.increase([1], policy)
+    each = [journal[f"search.whole.{t}.1"]["increase"] for t in range(3)]
+    assert worst == max(each) and whole.order[0] == each.index(worst)
+    whole.limit = worst / 2
+    assert whole.increase([2], policy) == pytest.approx(worst)
+    assert [k for k in journal if k.endswith(".2")] == [f"search.whole.{whole.order[0]}.2"]
 
 
 def test_meter_figures_equal_plain_transformers(model, ids):
