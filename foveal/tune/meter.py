@@ -17,6 +17,7 @@ from ..core.density import Density, measure
 from ..core.errors import ModelError
 from ..data.needle import Needles, retrieve
 from ..hf import AttentionEvent, attach
+from ..kernels.dispatch import explain
 from ..policies.policy import Policy
 
 LOGIT_BYTES = 2 << 30
@@ -65,6 +66,17 @@ class Meter:
         self.device = next(model.parameters()).device
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def dense_kernel(self, length: int) -> str:
+        """The implementation that computes dense causal self-attention over ``length`` tokens of this model."""
+        if self.impl != "auto":
+            return self.impl
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        q, k = (torch.empty(1, n, length, dim, dtype=self.model.dtype, device=self.device) for n in (heads, kv_heads))
+        return explain(q, k, k, causal=True).impl
 
     @contextlib.contextmanager
     def under(self, policy: Policy | None, probes: tuple[Any, ...] = ()) -> Iterator[None]:
