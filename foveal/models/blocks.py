@@ -14,6 +14,7 @@ from ..core.density import Density, measure
 from ..core.errors import ConfigError, ShapeError, UnsupportedError
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
+from ..layers.rotary import rotary, rotate
 from ..patterns import Pattern
 from ..policies.policy import Policy
 
@@ -134,27 +135,6 @@ class SelfAttention(nn.Module):
                 f"the policy has rules for single heads in layer {self.layer_index}; foveal's own backbones take one rule a layer."
             )
         return rule.pattern(ctx.decoding)
-
-
-def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)``, each ``(N, head_dim/2)`` float64: pairs of channels dealt to the axes in turn, slower and slower.
-
-    Args:
-        positions: ``(N, A)`` coordinates.
-    """
-    pairs, axes = head_dim // 2, positions.shape[1]
-    number = torch.arange(pairs, device=positions.device)
-    rank, count = torch.div(number, axes, rounding_mode="floor"), -(-pairs // axes)
-    frequency = base ** (-rank.double() / count)
-    angle = positions[:, number % axes].double() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of neighbouring channels of ``(B, H, N, D)``."""
-    cos, sin = (t.to(x.dtype) for t in turn)
-    a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 class Mlp(nn.Module):

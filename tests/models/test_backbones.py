@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from foveal.core.budget import Budget
 from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
+from foveal.layers.rotary import rotary, rotate
 from foveal.models import DecoderLM, DiffusionLM, DiT, Memory, Pass, SelfAttention, ViT
-from foveal.models.blocks import rotary, rotate
 from foveal.models.dit import signal
 from foveal.models.vit import coordinates
 from foveal.patterns import BlockTopK, Dense, SlidingWindow
