@@ -40,6 +40,7 @@ def heads_of(model: RoutingAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, q if model.causal else normalise(k[:, :r]), v[:, :r]
 
 
+@torch.no_grad()
 def by_definition(model: RoutingAttention, x: Tensor, state: Centroids, valid: Tensor | None = None) -> Tensor:
     """Routing heads ``(B, R, N, D)``: one token after the other, one cluster after the other."""
     q, k, v = heads_of(model, x)
