@@ -3,7 +3,7 @@
 Usage: python benchmarks/smollm2_long.py [--context 8192] [--dtype bfloat16] [--policy policy.json] [--llama PYTHON] [--out FILE]
 
 Prefill: one call over the whole context with a cache, logits of the last token only. Decode: tokens one by one behind a cache that
-holds all but ``--decode`` of them; the median step. Perplexity: teacher-forced over the last quarter of the context.
+holds all but ``--decode`` of them, foveal's through the cache of ``foveal run``; the median step. Perplexity: teacher-forced over the last quarter of the context.
 llama.cpp runs the same GGUF (4-bit weights) with flash attention and as many threads, in the interpreter that --llama names
 (one with ``llama-cpp-python``; default this one); without it its rows are left out and the result says why.
 """
@@ -28,6 +28,7 @@ import foveal
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.data import text
+from foveal.hf.growing import growing_cache
 from foveal.hf.load import LoadedModel, load_model, packaged
 from foveal.patterns import Dense
 
@@ -119,7 +120,10 @@ def decode(loaded: LoadedModel, ids: Tensor, count: int, policy: Any) -> list[fl
     """Seconds of every step."""
     steps = []
     with torch.inference_mode(), under(loaded, policy):
-        cache = loaded.model(input_ids=ids[:, :-count], use_cache=True, logits_to_keep=1).past_key_values
+        held = None if policy is None else growing_cache(loaded.model)
+        cache = loaded.model(
+            input_ids=ids[:, :-count], past_key_values=held, use_cache=True, logits_to_keep=1
+        ).past_key_values
         for at in range(ids.shape[1] - count, ids.shape[1]):
             start = time.perf_counter()
             loaded.model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)

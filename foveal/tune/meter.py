@@ -17,6 +17,7 @@ from ..core.density import Density, measure
 from ..core.errors import ModelError
 from ..data.needle import Needles, retrieve
 from ..hf import AttentionEvent, attach
+from ..hf.growing import growing_cache
 from ..kernels.dispatch import explain
 from ..policies.policy import Policy
 
@@ -136,12 +137,14 @@ class Meter:
 
     def decoding(self, needles: Needles, tail: int, policy: Policy | None, what: str = "the model") -> Decoding:
         """Prefill all but the last ``tail`` tokens of the needles' context, score these one at a time through the cache, then
-        ask the questions from the same cache."""
+        ask the questions from the same cache. A policy decodes through the cache of ``foveal run``, the model's own attention
+        through transformers' default one."""
         ids = needles.context[None]
         split = ids.shape[1] - tail
+        held = None if policy is None else growing_cache(self.model)
         with self.under(policy):
             with PeakMemory(self.device) as peak:
-                out, prefill = self.forward(ids[:, :split], 1, use_cache=True)
+                out, prefill = self.forward(ids[:, :split], 1, use_cache=True, past_key_values=held)
             cache, rows = out.past_key_values, [out.logits[0, -1:]]
             start = self._now()
             for at in range(split, ids.shape[1] - 1):
