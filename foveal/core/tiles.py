@@ -9,6 +9,7 @@ and restore once after its last.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,6 +127,27 @@ class Tiling:
 
 def _steps(sizes: tuple[int, ...]) -> list[int]:
     return [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
+
+
+def product_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Sums over a product of axes: ``out[(i_0, i_1, …), (j_0, j_1, …), …] = Σ_a parts[a][i_a, j_a, …]``; −1 where a part is negative.
+
+    Args:
+        parts: one tensor per axis, all with equally many dimensions; dimension k of the result has the product of their sizes.
+    """
+    total, hidden = parts[0], parts[0] < 0
+    for part in parts[1:]:
+        mine = [n for size in total.shape for n in (size, 1)]
+        theirs = [n for size in part.shape for n in (1, size)]
+        shape = [n * m for n, m in zip(total.shape, part.shape, strict=True)]
+        total = (total.view(mine) + part.view(theirs)).reshape(shape)
+        hidden = (hidden.view(mine) | (part < 0).view(theirs)).reshape(shape)
+    return torch.where(hidden, -1, total)
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]``, −1 where the index is negative."""
+    return torch.where(index >= 0, values[index.clamp(min=0)], -1)
 
 
 def row_major(grid: tuple[int, ...]) -> list[Tensor]:

@@ -29,13 +29,32 @@ def group_plan(call: AttentionCall, layout: Groups, budget: int) -> tuple[Tensor
     return owner, Plan(lambda: _batches(call, layout, budget), key_reads=reads)
 
 
+FEW_SIZES = 16
+"""Different group sizes up to which groups of one size run together without padding."""
+
+
+def direct_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan | None:
+    """The plan over q itself when no query is in two groups and groups come in few sizes; None otherwise.
+
+    Nothing is copied, padded or merged then: windows of a token grid, packed documents of one length.
+    """
+    owner, plan = group_plan(call, layout, budget)
+    if layout.q_index.numel() == 0 or int(torch.bincount(layout.q_index).max()) > 1:
+        return None
+    n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
+    if torch.unique(n_q * (n_k.max() + 1) + n_k).numel() > FEW_SIZES:
+        return None
+    return Plan(lambda: _batches(call, layout, budget, owner), key_reads=plan.key_reads)
+
+
 def _rounded(n: Tensor) -> Tensor:
     """Sizes rounded up to an eighth of their power of two: few shapes, under 15 % padding."""
     unit = (2 ** (torch.log2(n.clamp(min=1).double()).floor() - 3)).clamp(min=1).long()
     return (n + unit - 1) // unit * unit
 
 
-def _batches(call: AttentionCall, layout: Groups, budget: int) -> Iterator[Batch]:
+def _batches(call: AttentionCall, layout: Groups, budget: int, owner: Tensor | None = None) -> Iterator[Batch]:
+    """Buckets of groups; with ``owner``, of groups of exactly one size, whose rows are those of q."""
     base, device = call.base, call.q.device
     heads, kv_heads, group = call.q.shape[1], call.k.shape[1], call.groups
     q_len, kv_len = base.q_len, base.kv_len
@@ -44,7 +63,8 @@ def _batches(call: AttentionCall, layout: Groups, budget: int) -> Iterator[Batch
     live = ((n_q > 0) & (n_k > 0)).nonzero(as_tuple=True)[0]
     if live.numel() == 0:
         return
-    width_q, width_k = _rounded(n_q[live]), _rounded(n_k[live])
+    width_q, width_k = (n[live] if owner is not None else _rounded(n[live]) for n in (n_q, n_k))
+    everything = owner is not None and base.plain and not base.causal
     code = width_q * (width_k.max() + 1) + width_k
     order = torch.argsort(code, stable=True)
     _, counts = torch.unique_consecutive(code[order], return_counts=True)
@@ -62,11 +82,14 @@ def _batches(call: AttentionCall, layout: Groups, budget: int) -> Iterator[Batch
             ids = layout.q_index[at_q.clamp(max=members - 1)]
             i, j = ids % q_len, at_k % kv_len
             b = ids // (q_len * (heads if layout.per_head else 1))
-            seen = ok_q[:, :, None] & ok_k[:, None, :]
-            seen = seen & base.allowed(b[:, :, None], torch.zeros_like(b)[:, :, None], i[:, :, None], j[:, None, :])
-            hide = None if device.type == "cpu" and bool(seen.all()) else (0, ~seen[:, None])
+            hide = None
+            if not everything:
+                seen = ok_q[:, :, None] & ok_k[:, None, :]
+                seen = seen & base.allowed(b[:, :, None], torch.zeros_like(b)[:, :, None], i[:, :, None], j[:, None, :])
+                hide = None if device.type == "cpu" and bool(seen.all()) else (0, ~seen[:, None])
             for h in range(copies):
                 rows_q = (at_q + h * members).where(ok_q, copies * members)
+                rows_q = rows_q if owner is None else owner[rows_q]
                 rows_k = at_k if layout.per_head else ((at_k // kv_len) * kv_heads + h // group) * kv_len + j
                 bias = None
                 if call.bias is not None:

@@ -18,7 +18,7 @@ from ..core.base_mask import EMPTY, FULL, PARTIAL, BaseMask, Predicate
 from ..core.errors import UnsupportedError
 from ..core.grid import Axis
 from ..core.layouts import BlockMask, Groups, KeySelection, Layout, block_mask
-from ..core.tiles import Tiling, row_major
+from ..core.tiles import Tiling, pick, product_sum, row_major
 
 BLOCK = 128
 LISTS_PAY = 1.25
@@ -106,20 +106,6 @@ def _moved(layout: Layout, device: torch.device) -> Layout:
 
 
 # --- slots ---------------------------------------------------------------------------------------------------------
-
-
-def product_sum(parts: Sequence[Tensor]) -> Tensor:
-    """``out[i_0, j_0, …] = Σ_a parts[a][i_a]`` over the product of the leading axes, flattened; −1 where a part is negative.
-
-    Args:
-        parts: per axis ``(n_a, m_a)``; the result is ``(Π n_a, Π m_a)``.
-    """
-    total, hidden = parts[0], parts[0] < 0
-    for part in parts[1:]:
-        total = total[:, None, :, None] + part[None, :, None, :]
-        hidden = hidden[:, None, :, None] | (part < 0)[None, :, None, :]
-        total, hidden = (x.flatten(0, 1).flatten(1, 2) for x in (total, hidden))
-    return torch.where(hidden, -1, total)
 
 
 def _offsets(place: Place, which: int) -> list[Tensor]:
@@ -240,7 +226,7 @@ def row_major_touches(axes: Sequence[Axis], q_block: int, kv_block: int, first: 
     """
     width, tokens = axes[-1].length, math.prod(axis.length for axis in axes)
     steps = row_major(tuple(axis.length for axis in axes[:-1]))
-    lead = product_sum([_take(step, axis.keys()) for step, axis in zip(steps, axes[:-1], strict=True)] or [torch.zeros(1, 1, dtype=torch.long)])  # fmt: skip
+    lead = product_sum([pick(step, axis.keys()) for step, axis in zip(steps, axes[:-1], strict=True)] or [torch.zeros(1, 1, dtype=torch.long)])  # fmt: skip
     token = torch.arange(first, min(first + q_len, tokens))
     block = torch.div(token - first, q_block, rounding_mode="floor")
     line = torch.div(token, width, rounding_mode="floor")
@@ -262,10 +248,6 @@ def row_major_touches(axes: Sequence[Axis], q_block: int, kv_block: int, first: 
     one = torch.ones_like(row, dtype=torch.int32)
     change.index_add_(0, row * (n_k + 1) + begin, one).index_add_(0, row * (n_k + 1) + after, -one)
     return change.view(n_q, n_k + 1).cumsum(-1)[:, :-1] > 0
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    return torch.where(index >= 0, values[index.clamp(min=0)], -1)
 
 
 def _with_extra(place: Place, kinds: Tensor, size: tuple[int, int]) -> Tensor:
@@ -300,7 +282,7 @@ def _one_query(place: Place) -> KeySelection:
     for axis, offset, step in zip(place.axes, _offsets(place, 1), row_major(place.grid), strict=True):
         x = at // int(step[1]) if axis.length > 1 else 0
         at -= x * int(step[1]) if axis.length > 1 else 0
-        parts.append(_take(offset, axis.keys()[x : x + 1]))
+        parts.append(pick(offset, axis.keys()[x : x + 1]))
     index = product_sum(parts)[0]
     index = index[(index >= 0) & (index < place.kv_len)].sort().values
     extra = math.prod(place.grid) + torch.arange(place.extra)
@@ -334,7 +316,7 @@ def _tile_lists(place: Place) -> KeySelection:
     for a, (axis, offset) in enumerate(zip(place.axes, k_tiling.offsets(), strict=True)):
         first = torch.arange(q_tiling.counts[a]) * q_tiling.tile[a] * axis.dilation
         x = torch.arange(axis.dilation)[:, None] + first  # first query of every tile, (d, tiles)
-        listed = _take(offset, axis.keys()[x.clamp(max=axis.length - 1)].flatten(0, 1))
+        listed = pick(offset, axis.keys()[x.clamp(max=axis.length - 1)].flatten(0, 1))
         parts.append(torch.where(x.reshape(-1, 1) < axis.length, listed, -1))
     index = product_sum(parts)
     index = _tile_rows(index, q_tiling).sort(-1).values
@@ -375,9 +357,9 @@ def _groups(place: Place, batch: int) -> Groups:
         x = torch.arange(axis.dilation)[:, None, None] + axis.dilation * (
             leaders[:, None] + torch.arange(axis.stride)
         )  # (d, stride groups, stride)
-        q_parts.append(_take(offset, torch.where(x < axis.length, x, -1)).flatten(0, 1))
+        q_parts.append(pick(offset, torch.where(x < axis.length, x, -1)).flatten(0, 1))
         head = x[..., 0].reshape(-1)
-        keys = _take(offset, axis.keys()[head.clamp(max=axis.length - 1)])
+        keys = pick(offset, axis.keys()[head.clamp(max=axis.length - 1)])
         k_parts.append(torch.where((head < axis.length)[:, None], keys, -1))
     q, k = product_sum(q_parts), product_sum(k_parts)
     live = (q >= 0).any(-1)

@@ -1,0 +1,2 @@
+import typer
+def add_to(app): pass
