@@ -105,6 +105,10 @@ class Axis:
         """``window_spans`` of one dilation group."""
         return window_spans(self.group_length(group), self.window, self.stride, self.causal)
 
+    def queries(self, group: int = 0) -> tuple[Tensor, Tensor]:
+        """``query_spans`` of one dilation group."""
+        return query_spans(self.group_length(group), self.window, self.stride, self.causal)
+
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(code, low, high)``, ``(length,)`` int64 each: query ``x`` sees key ``y`` exactly when ``low[x] <= code[y] < high[x]``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -34,17 +35,60 @@ FEW_SIZES = 16
 
 
 def direct_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan | None:
-    """The plan over q itself when no query is in two groups and groups come in few sizes; None otherwise.
+    """The plan over q itself when no query is in two groups, groups come in few sizes and every pair of a group is allowed.
 
-    Nothing is copied, padded or merged then: windows of a token grid, packed documents of one length.
+    Nothing is copied, padded, masked or merged then: windows of a token grid, packed documents of few lengths. None otherwise.
     """
-    owner, plan = group_plan(call, layout, budget)
-    if layout.q_index.numel() == 0 or int(torch.bincount(layout.q_index).max()) > 1:
-        return None
     n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
-    if torch.unique(n_q * (n_k.max() + 1) + n_k).numel() > FEW_SIZES:
+    if call.bias is not None or not call.base.plain or call.base.causal or layout.q_index.numel() == 0:
         return None
-    return Plan(lambda: _batches(call, layout, budget, owner), key_reads=plan.key_reads)
+    sizes = torch.unique(torch.stack([n_q, n_k], -1), dim=0)
+    if sizes.shape[0] > FEW_SIZES or int(torch.bincount(layout.q_index).max()) > 1:
+        return None
+    q_unit = _unit(layout.q_index, sizes[:, 0], call.base.q_len)
+    k_unit = _unit(layout.k_index, sizes[:, 1], call.base.kv_len)
+    copies = 1 if layout.per_head else call.q.shape[1]
+    batches = functools.partial(_direct_batches, call, layout, budget, sizes.tolist(), q_unit, k_unit)
+    return Plan(batches, q_unit, k_unit, key_reads=layout.k_index.numel() * copies)
+
+
+def _unit(index: Tensor, sizes: Tensor, length: int) -> int:
+    """Most consecutive rows, up to 16, in which all groups can be read: runs that begin at multiples of it."""
+    for unit in (16, 8, 4, 2):
+        if length % unit == 0 and not bool((sizes % unit).any()):
+            runs = index.view(-1, unit)
+            steps = torch.arange(unit, device=index.device)
+            if not bool((runs[:, 0] % unit).any()) and bool((runs == runs[:, :1] + steps).all()):
+                return unit
+    return 1
+
+
+def _direct_batches(
+    call: AttentionCall, layout: Groups, budget: int, sizes: list[list[int]], q_unit: int, k_unit: int
+) -> Iterator[Batch]:
+    device, heads, kv_heads = call.q.device, call.q.shape[1], call.k.shape[1]
+    n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
+    h = torch.zeros(1, dtype=torch.long) if layout.per_head else torch.arange(heads)
+    h = h.to(device)[:, None, None]
+
+    def rows(index: Tensor, unit: int, length: int, of: Tensor, count: int) -> Tensor:
+        """``(heads · groups, units)`` rows of the flattened tensors."""
+        units = torch.div(index[:, ::unit], unit, rounding_mode="floor")[None]
+        if layout.per_head:
+            return units[0]
+        per, first = length // unit, torch.div(units[..., :1], length // unit, rounding_mode="floor")
+        return (units + (first * (count - 1) + of) * per).flatten(0, 1)
+
+    for m, w in sizes:
+        if m == 0 or w == 0:
+            continue
+        live = ((n_q == m) & (n_k == w)).nonzero()[:, 0]
+        q = layout.q_index[layout.cu_q[live, None] + torch.arange(m, device=device)]
+        k = layout.k_index[layout.cu_k[live, None] + torch.arange(w, device=device)]
+        q_rows = rows(q, q_unit, call.base.q_len, h, heads)
+        k_rows = rows(k, k_unit, call.base.kv_len, torch.div(h, call.groups, rounding_mode="floor"), kv_heads)
+        for part in split_rows(q_rows.shape[0], m * w, budget):
+            yield Batch(q_rows[part], k_rows[part])
 
 
 def _rounded(n: Tensor) -> Tensor:
@@ -53,8 +97,7 @@ def _rounded(n: Tensor) -> Tensor:
     return (n + unit - 1) // unit * unit
 
 
-def _batches(call: AttentionCall, layout: Groups, budget: int, owner: Tensor | None = None) -> Iterator[Batch]:
-    """Buckets of groups; with ``owner``, of groups of exactly one size, whose rows are those of q."""
+def _batches(call: AttentionCall, layout: Groups, budget: int) -> Iterator[Batch]:
     base, device = call.base, call.q.device
     heads, kv_heads, group = call.q.shape[1], call.k.shape[1], call.groups
     q_len, kv_len = base.q_len, base.kv_len
@@ -63,8 +106,7 @@ def _batches(call: AttentionCall, layout: Groups, budget: int, owner: Tensor | N
     live = ((n_q > 0) & (n_k > 0)).nonzero(as_tuple=True)[0]
     if live.numel() == 0:
         return
-    width_q, width_k = (n[live] if owner is not None else _rounded(n[live]) for n in (n_q, n_k))
-    everything = owner is not None and base.plain and not base.causal
+    width_q, width_k = _rounded(n_q[live]), _rounded(n_k[live])
     code = width_q * (width_k.max() + 1) + width_k
     order = torch.argsort(code, stable=True)
     _, counts = torch.unique_consecutive(code[order], return_counts=True)
@@ -82,14 +124,11 @@ def _batches(call: AttentionCall, layout: Groups, budget: int, owner: Tensor | N
             ids = layout.q_index[at_q.clamp(max=members - 1)]
             i, j = ids % q_len, at_k % kv_len
             b = ids // (q_len * (heads if layout.per_head else 1))
-            hide = None
-            if not everything:
-                seen = ok_q[:, :, None] & ok_k[:, None, :]
-                seen = seen & base.allowed(b[:, :, None], torch.zeros_like(b)[:, :, None], i[:, :, None], j[:, None, :])
-                hide = None if device.type == "cpu" and bool(seen.all()) else (0, ~seen[:, None])
+            seen = ok_q[:, :, None] & ok_k[:, None, :]
+            seen = seen & base.allowed(b[:, :, None], torch.zeros_like(b)[:, :, None], i[:, :, None], j[:, None, :])
+            hide = None if device.type == "cpu" and bool(seen.all()) else (0, ~seen[:, None])
             for h in range(copies):
                 rows_q = (at_q + h * members).where(ok_q, copies * members)
-                rows_q = rows_q if owner is None else owner[rows_q]
                 rows_k = at_k if layout.per_head else ((at_k // kv_len) * kv_heads + h // group) * kv_len + j
                 bias = None
                 if call.bias is not None:
