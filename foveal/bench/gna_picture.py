@@ -94,7 +94,7 @@ def draw(problem: Problem, path: Path | str, found: Simulation | None = None) ->
     keys, query = view.keys, view.query
     if keys.dim() == 1:
         keys, query = keys[None], ((0, 1), *query)
-    planes = [(None, keys)]
+    planes: list[tuple[int | None, Tensor]] = [(None, keys)]
     if keys.dim() == 3:
         touched = (keys > FREE).flatten(1).any(-1).nonzero()[:, 0].tolist()
         picked = sorted({touched[round(i * (len(touched) - 1) / 3)] for i in range(4)} | {query[0][0]})

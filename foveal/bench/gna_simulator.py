@@ -125,7 +125,8 @@ class Simulation:
 
 def simulate(problem: Problem) -> Simulation:
     """Count the tiles that a kernel visits, by closed forms per axis (by runs of tokens with 1-D tiling)."""
-    axes, sizes = problem.axes, (problem.q_tile, problem.kv_tile)
+    axes, how = problem.axes, problem.kv_tiling
+    along = list(zip(axes, problem.q_tile, problem.kv_tile, strict=True))
     dense = math.prod(problem.grid) ** 2
     pairs = math.prod(int((high - low).sum()) for _, low, high in (axis.codes() for axis in axes))
     area = math.prod(problem.q_tile) * math.prod(problem.kv_tile)
@@ -134,8 +135,8 @@ def simulate(problem: Problem) -> Simulation:
         worst, mean, total = int(counts.max()), float(counts.double().mean()), int(counts.sum())
         kv_tiles = -(-math.prod(problem.grid) // math.prod(problem.kv_tile))
         return Simulation(problem, kv_tiles, worst, mean, total * area, pairs, dense, all(a.whole for a in axes), False)
-    visits = [tile_visits(axis, *tiles, problem.kv_tiling) for axis, *tiles in zip(axes, *sizes, strict=True)]
-    kv_tiles = math.prod(-(-axis.length // t) for axis, t in zip(axes, problem.kv_tile, strict=True))
+    visits = [tile_visits(axis, q, k, how) for axis, q, k in along]
+    kv_tiles = math.prod(-(-axis.length // k) for axis, _, k in along)
     total = math.prod(int(v.sum()) for v in visits)
     return Simulation(
         problem,
@@ -145,8 +146,8 @@ def simulate(problem: Problem) -> Simulation:
         total * area,
         pairs,
         dense,
-        all(block_sparse(axis, *tiles, problem.kv_tiling) for axis, *tiles in zip(axes, *sizes, strict=True)),
-        all(block_sparse_shortcut(axis, *tiles, problem.kv_tiling) for axis, *tiles in zip(axes, *sizes, strict=True)),
+        all(block_sparse(axis, q, k, how) for axis, q, k in along),
+        all(block_sparse_shortcut(axis, q, k, how) for axis, q, k in along),
     )
 
 
@@ -245,11 +246,11 @@ def sweep(problem: Problem) -> list[Simulation]:
     if problem.tiling == "1-D":
         raise ConfigError("tiling is '1-D'; expected 'multi-dim' for a sweep over strides.")
     fronts = []
-    for axis, *tiles in zip(problem.axes, problem.q_tile, problem.kv_tile, strict=True):
+    for axis, q, k in zip(problem.axes, problem.q_tile, problem.kv_tile, strict=True):
         front, best = [], math.inf
         for stride in range(1, axis.window + 1):
             other = Axis(axis.length, axis.window, stride, axis.dilation, axis.causal)
-            visits = int(tile_visits(other, *tiles, problem.kv_tiling).max())
+            visits = int(tile_visits(other, q, k, problem.kv_tiling).max())
             if visits < best:
                 front.append(other)
                 best = visits

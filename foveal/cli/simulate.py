@@ -37,7 +37,9 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in words)
     except ValueError:
-        raise typer.BadParameter(f"{name} is {text!r}; expected whole numbers, one per axis, such as {name} 30 48 80") from None
+        raise typer.BadParameter(
+            f"{name} is {text!r}; expected whole numbers, one per axis, such as {name} 30 48 80"
+        ) from None
 
 
 def _axis(help: str) -> Any:
@@ -52,9 +54,13 @@ def gna(
     causal: Annotated[str, _axis("1 for a causal axis, 0 for another.")] = "0",
     q_tile: Annotated[str | None, _axis("Query tile of the kernel; default 128 tokens.")] = None,
     kv_tile: Annotated[str | None, _axis("Key tile of the kernel; default the query tile.")] = None,
-    kv_tiling: Annotated[str, typer.Option(help="static: key tiles on a lattice; dynamic: from the first key.")] = "static",
+    kv_tiling: Annotated[
+        str, typer.Option(help="static: key tiles on a lattice; dynamic: from the first key.")
+    ] = "static",
     tiling: Annotated[str, typer.Option(help="multi-dim, or 1-D: runs of row-major tokens.")] = "multi-dim",
-    share: Annotated[float | None, typer.Option(help="Share of self-attention in the run time, for the end-to-end bound.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Share of self-attention in the run time, for the end-to-end bound.")
+    ] = None,
     steps: Annotated[float, typer.Option(help="Share of steps or layers that use the pattern.")] = 1.0,
     use_case: Annotated[str | None, typer.Option(help="A published setting: hunyuan-91, flux-4k, cosmos-56.")] = None,
     sweep_stride: Annotated[bool, typer.Option("--sweep-stride", help="All strides worth knowing.")] = False,
@@ -69,6 +75,8 @@ def gna(
     from .guard import note, output
 
     if use_case is not None:
+        if shape is not None or window is not None:
+            raise typer.BadParameter("--use-case brings its own shape and window; expected one or the other.")
         known = gna_simulator.USE_CASES
         if use_case not in known:
             raise ConfigError(f"--use-case is {use_case!r}. {nearest(use_case, known)}")
@@ -79,20 +87,28 @@ def gna(
             note("the tiles of this use case are not published; they reproduce its figures.")
     else:
         if shape is None or window is None:
-            raise typer.BadParameter("expected --shape and --window, for example: foveal simulate gna --shape 64 64 --window 16 16")
+            raise typer.BadParameter(
+                "expected --shape and --window, for example: foveal simulate gna --shape 64 64 --window 16 16"
+            )
         grid = numbers("--shape", shape)
-        each = {name: _one_or_each(name, text) for name, text in (("--window", window), ("--stride", stride), ("--dilation", dilation), ("--causal", causal))}  # fmt: skip
         if len(grid) not in _TILES:
             raise ConfigError(f"--shape is {grid!r}; expected one, two or three axes.")
-        flags = each.pop("--causal")
-        queries = numbers("--q-tile", q_tile) if q_tile else tuple(min(t, n) for t, n in zip(_TILES[len(grid)], grid, strict=True))  # fmt: skip
+        flags = _one_or_each("--causal", causal)
+        tiles = tuple(min(t, n) for t, n in zip(_TILES[len(grid)], grid, strict=True))
         problem = gna_simulator.Problem.of(
             grid,
-            *each.values(),
+            _one_or_each("--window", window),
+            _one_or_each("--stride", stride),
+            _one_or_each("--dilation", dilation),
             tuple(map(bool, flags)) if isinstance(flags, tuple) else bool(flags),
-            q_tile=queries,
-            kv_tile=numbers("--kv-tile", kv_tile) if kv_tile else queries,
+            q_tile=tiles,
+            kv_tile=tiles,
         )
+    if q_tile:
+        queries = numbers("--q-tile", q_tile)
+        problem = dataclasses.replace(problem, q_tile=queries, kv_tile=queries if use_case is None else problem.kv_tile)
+    if kv_tile:
+        problem = dataclasses.replace(problem, kv_tile=numbers("--kv-tile", kv_tile))
     for name, value, allowed in (("--kv-tiling", kv_tiling, ("static", "dynamic")), ("--tiling", tiling, ("multi-dim", "1-D"))):  # fmt: skip
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; expected {' or '.join(map(repr, allowed))}.")

@@ -110,7 +110,8 @@ class Neighbors:
     def _combined(self, parts: list[tuple[Tensor, Tensor, Tensor, int]]) -> _Tiles:
         steps = row_major(tuple(axis.length for axis in self.axes))
         rows, regions = (
-            product_sum([pick(step, part[which]) for step, part in zip(steps, parts, strict=True)]) for which in (0, 1)
+            product_sum([pick(step, table) for step, table in zip(steps, tables, strict=True)])
+            for tables in ([part[0] for part in parts], [part[1] for part in parts])
         )
         sizes = row_major(tuple(part[3] for part in parts))
         columns = [pick(size, part[2]) for size, part in zip(sizes, parts, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,9 @@ def neighborhood_attention(
     grid = pattern.grid
     assert grid is not None
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    sums: Tensor | None
     if form != "fused":
-        out, lse = _with_weights(q, k, v, pattern.axes(), scale, form, q_tile, k_extra, v_extra)
+        out, sums = _with_weights(q, k, v, pattern.axes(), scale, form, q_tile, k_extra, v_extra)
     else:
         if order == "auto":
             order = "tiles" if q_tile is not None or not _prefers_rows(pattern, q.device) else "rows"
@@ -80,19 +81,21 @@ def neighborhood_attention(
             chosen = tuple(min(t, n) for t, n in zip(q_tile or tiles[len(grid)], grid, strict=True))
             keys = tuple(min(t, n) for t, n in zip(kv_tile or chosen, grid, strict=True))
             pattern = pattern.tiled(chosen, keys)
-        out, lse = _fused(q, k, v, pattern, scale, k_extra, v_extra, impl, return_lse)
+        out, sums = _fused(q, k, v, pattern, scale, k_extra, v_extra, impl, return_lse)
     out = out.unflatten(1, grid)
-    return (out, lse.unflatten(1, grid)) if return_lse and lse is not None else out
+    return (out, sums.unflatten(1, grid)) if return_lse and sums is not None else out
 
 
 def _checked(
-    q: Tensor, k: Tensor, v: Tensor, fields: tuple[object, ...], extra: tuple[Tensor | None, Tensor | None]
+    q: Tensor, k: Tensor, v: Tensor, fields: tuple[Any, ...], extra: tuple[Tensor | None, Tensor | None]
 ) -> Neighborhood:
     if not 4 <= q.dim() <= 6:
         raise ShapeError(f"q has shape {tuple(q.shape)}; expected (B, X, H, D), (B, X, Y, H, D) or (B, X, Y, Z, H, D).")
     for name, t in (("k", k), ("v", v)):
         if t.dim() != q.dim() or t.shape[:-2] != q.shape[:-2] or t.shape[-2] != k.shape[-2]:
-            raise ShapeError(f"{name} has shape {tuple(t.shape)} and q {tuple(q.shape)}; expected the same batch and grid.")
+            raise ShapeError(
+                f"{name} has shape {tuple(t.shape)} and q {tuple(q.shape)}; expected the same batch and grid."
+            )
     k_extra, v_extra = extra
     if (k_extra is None) != (v_extra is None):
         raise ShapeError("only one of k_extra and v_extra is given; expected both, or neither.")
@@ -104,8 +107,8 @@ def _checked(
                 raise ShapeError(
                     f"{name} has shape {tuple(t.shape)}; expected (B={q.shape[0]}, M, {like.shape[-2]}, {like.shape[-1]})."
                 )
-    each = [tuple(x) if isinstance(x, Sequence) else x for x in fields]
-    return Neighborhood(tuple(q.shape[1:-2]), *each, extra=count)  # type: ignore[arg-type]
+    window, stride, dilation, causal = (tuple(x) if isinstance(x, Sequence) else x for x in fields)
+    return Neighborhood(tuple(q.shape[1:-2]), window, stride, dilation, causal, count)
 
 
 def _prefers_rows(pattern: Neighborhood, device: torch.device) -> bool:
@@ -133,18 +136,18 @@ def _fused(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``(B, N, H, Dv)`` and ``(B, N, H)``, both row-major."""
-    parts = [_heads_first(x) for x in (q, k, v)]
+    q, k, v = (_heads_first(x) for x in (q, k, v))
     tilings = pattern.tilings() if pattern.q_tile is not None else None
     if tilings is not None:
-        parts = [tiling.permute(x) for tiling, x in zip((tilings[0], tilings[1], tilings[1]), parts, strict=True)]
+        q, k, v = tilings[0].permute(q), tilings[1].permute(k), tilings[1].permute(v)
     if k_extra is not None and v_extra is not None:
-        parts[1:] = [torch.cat([x, e.transpose(1, 2)], 2) for x, e in zip(parts[1:], (k_extra, v_extra), strict=True)]
+        k, v = torch.cat([k, k_extra.transpose(1, 2)], 2), torch.cat([v, v_extra.transpose(1, 2)], 2)
     if return_lse:
-        out, lse = attention(*parts, pattern, scale=scale, impl=impl, return_lse=True)
+        out, lse = attention(q, k, v, pattern, scale=scale, impl=impl, return_lse=True)
         lse = lse if tilings is None else tilings[0].restore(lse, -1)
         lse = lse.transpose(1, 2)
     else:
-        out, lse = attention(*parts, pattern, scale=scale, impl=impl), None
+        out, lse = attention(q, k, v, pattern, scale=scale, impl=impl), None
     out = out if tilings is None else tilings[0].restore(out)
     return out.transpose(1, 2), lse
 
@@ -165,9 +168,11 @@ def _with_weights(
     q, k, v = (_heads_first(x) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     if groups * k.shape[1] != q.shape[1]:
-        raise ShapeError(f"q has {q.shape[1]} heads and k has {k.shape[1]}; num_heads must be a multiple of num_kv_heads.")
-    repeated = [x.repeat_interleave(groups, 1) for x in (k, v)]
-    out, lse, _ = unfused(q, *repeated, axes, scale=scale, form=form, tile=None if tile is None else tuple(tile))
+        raise ShapeError(
+            f"q has {q.shape[1]} heads and k has {k.shape[1]}; num_heads must be a multiple of num_kv_heads."
+        )
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out, lse, _ = unfused(q, k, v, axes, scale=scale, form=form, tile=None if tile is None else tuple(tile))
     if k_extra is not None and v_extra is not None:
         beside, beside_lse = attention(
             q, k_extra.transpose(1, 2), v_extra.transpose(1, 2), scale=scale, return_lse=True

@@ -58,7 +58,9 @@ class Neighborhood(Pattern):
             low = [-1 if name == "grid" and a == 0 and n == -1 else 1 for a, n in enumerate(values)]
             if value == () or any(n < least for n, least in zip(values, low, strict=True)):
                 first = ", the first perhaps −1" if name == "grid" else ""
-                raise ConfigError(f"Neighborhood.{name} is {value!r}; expected numbers of at least 1, one per axis{first}.")
+                raise ConfigError(
+                    f"Neighborhood.{name} is {value!r}; expected numbers of at least 1, one per axis{first}."
+                )
         if self.grid is not None:
             for window, stride, _, _ in self._per_axis(len(self.grid)):
                 if stride > window:
@@ -74,7 +76,9 @@ class Neighborhood(Pattern):
             if self.grid[0] != -1:
                 self.axes()
         if self.kv_tile is not None and self.q_tile is None:
-            raise ConfigError(f"Neighborhood.kv_tile is {self.kv_tile!r} without q_tile; expected both, or q_tile alone.")
+            raise ConfigError(
+                f"Neighborhood.kv_tile is {self.kv_tile!r} without q_tile; expected both, or q_tile alone."
+            )
 
     # --- presets -------------------------------------------------------------------------------------------------
 
@@ -100,7 +104,9 @@ class Neighborhood(Pattern):
         return cls(grid, tuple(b + 2 * h for b, h in zip(sizes, around, strict=True)), sizes, **fields)
 
     @classmethod
-    def sta(cls, grid: tuple[int, ...], tile: int | tuple[int, ...], window: int | tuple[int, ...], **fields: Any) -> Self:
+    def sta(
+        cls, grid: tuple[int, ...], tile: int | tuple[int, ...], window: int | tuple[int, ...], **fields: Any
+    ) -> Self:
         """Sliding-tile attention: stride ``tile``, a window of whole tiles, and both tile shapes the same.
 
         Raises:
@@ -128,16 +134,16 @@ class Neighborhood(Pattern):
         if grid is None or grid[0] == -1:
             raise ConfigError(f"Neighborhood.grid is {grid!r}; expected the tokens of every axis here.")
         found = []
-        for a, (n, (window, stride, dilation, causal)) in enumerate(
-            zip(grid, self._per_axis(len(grid)), strict=True)
-        ):
+        for a, (n, (window, stride, dilation, causal)) in enumerate(zip(grid, self._per_axis(len(grid)), strict=True)):
             if a == 0 and self.grid is not None and self.grid[0] == -1:  # follows the length
                 window = min(window, max(1, n // dilation))
                 stride = min(stride, window)
             try:
                 found.append(Axis(n, window, stride, dilation, causal))
             except ConfigError as error:
-                raise ConfigError(str(error).replace("axis", f"neighborhood on axis {a} of grid {tuple(grid)!r}", 1)) from None
+                raise ConfigError(
+                    str(error).replace("axis", f"neighborhood on axis {a} of grid {tuple(grid)!r}", 1)
+                ) from None
         return tuple(found)
 
     def tilings(self, grid: tuple[int, ...] | None = None) -> tuple[Tiling, Tiling]:
@@ -166,7 +172,7 @@ class Neighborhood(Pattern):
         """A window that slides inwards at the end of a growing axis depends on where the end is."""
         if self.grid is not None and self.grid[0] != -1:
             return "none"
-        window, stride, _, causal = self._per_axis(len(self.grid) if self.grid else 1)[0]
+        _, stride, _, causal = self._per_axis(len(self.grid) if self.grid else 1)[0]
         return "none" if causal and stride == 1 else "prefill"
 
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:

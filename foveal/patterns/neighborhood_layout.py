@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.base_mask import EMPTY, FULL, PARTIAL, BaseMask, Predicate
 from ..core.errors import UnsupportedError
 from ..core.grid import Axis
-from ..core.layouts import BlockMask, Groups, KeySelection, Layout, block_mask
+from ..core.layouts import Groups, KeySelection, Layout, block_mask
 from ..core.tiles import Tiling, pick, product_sum, row_major
 
 BLOCK = 128
@@ -102,7 +102,8 @@ def _moved(layout: Layout, device: torch.device) -> Layout:
         limit = None if layout.limit is None else layout.limit.to(device)
         return KeySelection(layout.index.to(device), layout.block_size, limit)
     assert isinstance(layout, Groups)
-    return Groups(*(t.to(device) for t in (layout.q_index, layout.cu_q, layout.k_index, layout.cu_k)))
+    q_index, cu_q, k_index, cu_k = (t.to(device) for t in (layout.q_index, layout.cu_q, layout.k_index, layout.cu_k))
+    return Groups(q_index, cu_q, k_index, cu_k)
 
 
 # --- slots ---------------------------------------------------------------------------------------------------------
@@ -237,7 +238,9 @@ def row_major_touches(axes: Sequence[Axis], q_block: int, kv_block: int, first: 
     x = token % width
     left = torch.full((count,), width).scatter_reduce(0, segment, keys[x, 0], "amin")
     right = torch.zeros(count, dtype=torch.long).scatter_reduce(0, segment, ends[x], "amax")
-    at = torch.zeros(count, dtype=torch.long).scatter(0, segment, torch.arange(token.numel()))  # any token of the segment
+    at = torch.zeros(count, dtype=torch.long).scatter(
+        0, segment, torch.arange(token.numel())
+    )  # any token of the segment
     lines = lead[line[at]]  # (segments, key lines)
     ok = lines >= 0
     begin = torch.div(lines * width + left[:, None], kv_block, rounding_mode="floor")[ok]
@@ -294,7 +297,9 @@ def _lists(place: Place) -> Callable[[int], Layout] | None:
     if any(axis.causal for axis in place.axes):
         return None
     if place.tilings is not None:
-        aligned = all(axis.whole or axis.stride % t == 0 for axis, t in zip(place.axes, place.tilings[0].tile, strict=True))
+        aligned = all(
+            axis.whole or axis.stride % t == 0 for axis, t in zip(place.axes, place.tilings[0].tile, strict=True)
+        )
         few = place.q_len == place.tilings[0].length and math.prod(place.tilings[0].tile) >= LISTED_ROWS
         return (lambda batch: _tile_lists(place)) if aligned and few else None
     rest = place.rest
@@ -379,6 +384,4 @@ def _groups(place: Place, batch: int) -> Groups:
     def ends(counts: Tensor) -> Tensor:
         return torch.nn.functional.pad(counts.repeat(batch).cumsum(0), (1, 0))
 
-    return Groups(
-        (members + b * place.q_len).reshape(-1), ends(n_q), (seen + b * place.kv_len).reshape(-1), ends(n_k)
-    )
+    return Groups((members + b * place.q_len).reshape(-1), ends(n_q), (seen + b * place.kv_len).reshape(-1), ends(n_k))
