@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from ..patterns import Pattern
 
-_EXAMPLES = {"int": 1024, "Budget": {"density": 0.125}}
+_EXAMPLES = {
+    "int": 1024,
+    "Budget": {"density": 0.125},
+    "tuple[int, ...] | None": [64, 64],
+    "int | tuple[int, ...]": 16,
+}
 """Values for required fields, by declared type."""
 
 
