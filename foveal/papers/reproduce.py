@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveal.core.errors import ConfigError, nearest
-from foveal.papers.cards import CHECKOUT_RESULTS, Card, Claim, load_card
+from ..core.errors import ConfigError, nearest
+from .cards import CHECKOUT_RESULTS, Card, Claim, load_card
 
 Measure = Callable[..., dict[str, Any]]
 
