@@ -1,0 +1,68 @@
+"""The kernels as ``torch.library`` operators, so that ``torch.compile``, checkpointing and ``opcheck`` know them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import TYPES, _native
+
+_LIBRARY = torch.library.Library("foveal", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, "
+    "Tensor? table, Tensor? bias, int[] tile, float scale, float softcap, SymInt shift) -> (Tensor, Tensor)"
+)
+attention = torch.ops.foveal.attention.default
+
+
+def _strided(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()
+
+
+def _seen(
+    lo: Tensor, hi: Tensor, valid: Tensor | None, kinds: Tensor | None, slot: Tensor | None, table: Tensor | None, tile: list[int]
+) -> tuple[tuple[int, int, int], tuple[int, int] | None, tuple[int, ...] | None, tuple[int, ...] | None]:  # fmt: skip
+    """What is visible, as the compiled part takes it."""
+    return (
+        (lo.data_ptr(), hi.data_ptr(), lo.shape[0]),
+        None if valid is None else (valid.data_ptr(), valid.shape[0]),
+        None if kinds is None else (kinds.data_ptr(), *kinds.shape, *tile),
+        None
+        if slot is None or table is None
+        else (slot.data_ptr(), *slot.shape[:2], table.data_ptr(), table.shape[0], table.shape[2]),
+    )
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    batch, heads, q_len, dim = q.shape
+    return TYPES.index(q.dtype), batch, heads, k.shape[1], q_len, k.shape[2], dim, v.shape[3]
+
+
+def _bias(bias: Tensor | None, shift: int) -> tuple[int, int, int] | None:
+    return None if bias is None else (bias.data_ptr(), (bias.shape[1] - 1) // 2, shift)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, valid: Tensor | None, kinds: Tensor | None, slot: Tensor | None,
+    table: Tensor | None, bias: Tensor | None, tile: list[int], scale: float, softcap: float, shift: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _empty(q, v)
+    if out.numel() == 0 or k.shape[2] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    _native.forward(
+        _sizes(q, k, v), _strided(q), _strided(k), _strided(v), out.data_ptr(), lse.data_ptr(), scale, softcap,
+        _bias(bias, shift), *_seen(lo, hi, valid, kinds, slot, table, tile), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_LIBRARY.impl("attention", _forward, "CPU")
+
+
+@torch.library.register_fake("foveal::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _empty(q, v)
