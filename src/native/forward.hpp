@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "carve.hpp"
 #include "logits.hpp"
 #include "pack.hpp"
 #include "pool.hpp"
@@ -18,20 +19,6 @@ namespace foveal::FOVEAL_VARIANT {
 
 constexpr long CHUNK_ROWS = 96;
 constexpr long BLOCK_PANELS = 2;  // panels between two updates of the softmax
-constexpr float INF = __builtin_inff();
-
-inline long padded(long channels) { return ceil_div(channels, 16) * 16; }
-
-// Memory is cut from one block; every part begins at a multiple of 64 bytes.
-struct Carve {
-  char* at;
-  template <class T>
-  T* take(long count) {
-    T* p = reinterpret_cast<T*>(at);
-    at += (count * (long)sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-};
 
 template <class P>
 struct Forward {
@@ -56,7 +43,7 @@ struct Forward {
     const long kv = p.batch * p.kv_heads;
     keys = memory.take<Unit>(kv * panels * steps * PANEL);
     values = memory.take<Unit>(kv * value_steps() * wide);
-    valid_bits = p.visible.valid ? memory.take<std::uint64_t>(p.visible.valid_batch * panels) : nullptr;
+    valid_bits = take_valid(p, memory);
     scratch = memory.at;
     Carve own{nullptr};
     Scratch(*this, own);
@@ -80,17 +67,6 @@ struct Forward {
       bits = memory.take<std::uint64_t>(f.cut.rows * BLOCK_PANELS);
     }
   };
-
-  void mark_valid() const {
-    for (long b = 0; valid_bits && b < p.visible.valid_batch; b++)
-      for (long panel = 0; panel < panels; panel++) {
-        std::uint64_t word = 0;
-        const long count = least(PANEL, p.kv_len - panel * PANEL);
-        for (long j = 0; j < count; j++)
-          word |= (std::uint64_t)(p.visible.valid[b * p.kv_len + panel * PANEL + j] != 0) << j;
-        valid_bits[b * panels + panel] = word;
-      }
-  }
 
   Scratch scratch_of(int worker) const {
     Carve memory{scratch + worker * scratch_bytes};
@@ -279,7 +255,7 @@ void forward_as(const Problem& p, Pool& pool, int threads) {
   Forward<P> f(p, Chunking(p, CHUNK_ROWS));
   f.lay_out(nullptr, threads);
   f.lay_out(static_cast<char*>(pool.memory((std::size_t)f.lay_out(nullptr, threads))), threads);
-  f.mark_valid();
+  mark_valid(p, f.valid_bits);
   pool.run(threads, p.batch * p.kv_heads * f.panels,
            [](void* x, long i, int worker) { static_cast<Forward<P>*>(x)->pack(i, worker); }, &f);
   pool.run(threads, p.batch * p.heads * f.cut.count,

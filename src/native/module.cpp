@@ -117,11 +117,6 @@ Visible visible(const Problem& p, const Bounds& bounds, const std::optional<Vali
   return v;
 }
 
-struct Shape {
-  int type;
-  long batch, heads, kv_heads, q_len, kv_len, dim, dim_v;
-};
-
 using Sizes = std::tuple<int, long, long, long, long, long, long, long>;
 using Tensor4 = std::tuple<Address, Four>;
 using Bias = std::tuple<Address, long, long>;  // table, reach, shift
@@ -161,6 +156,25 @@ void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tenso
   variant.forward(p, lock.pool, threads < 1 ? 1 : threads);
 }
 
+void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, const Tensor4& dout, Address out, Address lse,
+              Address dlse, Address dq, Address dk, Address dv, float scale, float softcap, const std::optional<Bias>& bias,
+              const Bounds& bounds, const std::optional<Valid>& valid, const std::optional<Kinds>& kinds,
+              const std::optional<Slots>& slots, int threads) {
+  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots);
+  p.out = reinterpret_cast<void*>(out);
+  p.lse = reinterpret_cast<float*>(lse);
+  Gradients g;
+  g.dout = strided(std::get<0>(dout), std::get<1>(dout));
+  g.dlse = at<float>(dlse);
+  g.dq = reinterpret_cast<void*>(dq);
+  g.dk = reinterpret_cast<void*>(dk);
+  g.dv = reinterpret_cast<void*>(dv);
+  const Variant& variant = current();
+  nb::gil_scoped_release free;
+  PoolLock lock;
+  variant.backward(p, g, lock.pool, threads < 1 ? 1 : threads);
+}
+
 // Operations of a bare multiply-add loop on every thread.
 double peak(bool pairs, long rounds, int threads) {
   struct Job {
@@ -191,4 +205,8 @@ NB_MODULE(_native, m) {
   m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
         nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
         nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("threads"));
+  m.def("backward", foveal::backward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("dout"), nb::arg("out"),
+        nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"),
+        nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(), nb::arg("kinds").none(), nb::arg("slots").none(),
+        nb::arg("threads"));
 }

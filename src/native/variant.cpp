@@ -1,5 +1,6 @@
 // One instruction set's kernels: this file is compiled once for each, with FOVEAL_VARIANT as its namespace.
 // No standard containers here: an inline function compiled for a newer processor must never serve an older one.
+#include "backward.hpp"
 #include "forward.hpp"
 #include "peak.hpp"
 
@@ -24,6 +25,6 @@ static bool usable() {
 #define FOVEAL_TEXT_OF(x) #x
 #define FOVEAL_TEXT(x) FOVEAL_TEXT_OF(x)
 
-extern const Variant variant{FOVEAL_TEXT(FOVEAL_VARIANT), usable, forward, nullptr, peak};
+extern const Variant variant{FOVEAL_TEXT(FOVEAL_VARIANT), usable, forward, backward, peak};
 
 }  // namespace foveal::FOVEAL_VARIANT

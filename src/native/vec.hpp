@@ -222,6 +222,17 @@ struct Pairs {  // two bfloat16 per unit: sum += a₀·b₀ + a₁·b₁, in flo
 };
 #endif
 
+#if defined(__AVX512BF16__)
+// Two rows of 16 floats as bfloat16: each in order, and as 16 units that pair the two rows.
+inline void store_both(std::uint16_t* row0, std::uint16_t* row1, Unit* pairs, Vec a, Vec b) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // a in the lower half
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row0), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row1), _mm512_extracti64x4_epi64(both, 1));
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, both));
+}
+#endif
+
 // 16 floats as bfloat16, in order.
 inline void store_bf16(std::uint16_t* p, const Vec* x) {
 #if defined(__AVX512BF16__)

@@ -32,24 +32,25 @@ struct Chunking {
   }
 };
 
-inline Chunk make_chunk(const Problem& p, const std::uint64_t* valid_bits, const Chunking& cut, long b, long h, long index) {
+// The intervals of `rows` rows from `first` on; tiles are added by place().
+inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b, long first, long rows) {
   const Visible& v = p.visible;
   Chunk c;
   c.problem = &p;
   c.valid_bits = valid_bits;
   c.b = b;
-  c.h = h;
-  const long u = index / cut.per_tile;
-  const long end = v.kinds ? least(p.q_len, (u + 1) * v.q_tile) : p.q_len;
-  c.first = (v.kinds ? u * v.q_tile : 0) + index % cut.per_tile * cut.rows;
-  c.rows = least(cut.rows, end - c.first);  // not above 0 in a short last tile
-  const long at = (v.bounds_batch > 1 ? b : 0) * p.q_len + c.first;
+  c.h = 0;
+  c.first = first;
+  c.rows = rows;
+  const long at = (v.bounds_batch > 1 ? b : 0) * p.q_len + first;
   c.lo = v.lo + at;
   c.hi = v.hi + at;
   c.lo_least = c.hi_least = p.kv_len;
   c.lo_most = c.hi_most = 0;
   c.blind_rows = false;
-  for (long r = 0; r < c.rows; r++) {
+  c.kinds = nullptr;
+  c.slot = nullptr;
+  for (long r = 0; r < rows; r++) {
     const long lo = most(0, c.lo[r]), hi = least(p.kv_len, c.hi[r]);
     if (lo >= hi) {
       c.blind_rows = true;
@@ -60,10 +61,25 @@ inline Chunk make_chunk(const Problem& p, const std::uint64_t* valid_bits, const
     c.hi_least = least(c.hi_least, hi);
     c.hi_most = most(c.hi_most, hi);
   }
-  c.kinds = nullptr;
-  c.slot = nullptr;
+  return c;
+}
+
+// The same rows of batch row b and head h, with the tiles of that head.
+inline void place(Chunk& c, long b, long h) {
+  const Visible& v = c.problem->visible;
+  c.b = b;
+  c.h = h;
+  const long u = c.first / v.q_tile;
   if (v.kinds) c.kinds = v.kinds + (((v.kinds_batch > 1 ? b : 0) * v.kinds_heads + (v.kinds_heads > 1 ? h : 0)) * v.q_tiles + u) * v.kv_tiles;
   if (v.slot) c.slot = v.slot + (((v.slot_batch > 1 ? b : 0) * v.slot_heads + (v.slot_heads > 1 ? h : 0)) * v.q_tiles + u) * v.kv_tiles;
+}
+
+inline Chunk make_chunk(const Problem& p, const std::uint64_t* valid_bits, const Chunking& cut, long b, long h, long index) {
+  const long u = index / cut.per_tile, tile = p.visible.kinds ? p.visible.q_tile : p.q_len;
+  const long first = u * tile + index % cut.per_tile * cut.rows;
+  const long end = least(least(p.q_len, (u + 1) * tile), first + cut.rows);  // a short last tile has fewer chunks
+  Chunk c = make_rows(p, valid_bits, b, least(first, p.q_len - 1), most(0, end - first));
+  place(c, b, h);
   return c;
 }
 

@@ -43,8 +43,8 @@ def refusals(call: AttentionCall) -> list[str]:
         reasons.append("computes in float32 or lower")
     if call.layout is not None and not isinstance(call.layout, BlockMask):
         reasons.append(f"takes dense calls and BlockMask layouts; the call has a {type(call.layout).__name__}")
-    if call.needs_grad:
-        reasons.append("has no backward yet")
+    if call.bias is not None and call.bias.requires_grad and torch.is_grad_enabled():
+        reasons.append("has no gradient for the relative-position bias")
     return reasons
 
 

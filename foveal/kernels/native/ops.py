@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,13 @@ _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, "
     "Tensor? table, Tensor? bias, int[] tile, float scale, float softcap, SymInt shift) -> (Tensor, Tensor)"
 )
+_LIBRARY.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, "
+    "Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, Tensor? table, Tensor? bias, int[] tile, float scale, "
+    "float softcap, SymInt shift) -> (Tensor, Tensor, Tensor)"
+)
 attention = torch.ops.foveal.attention.default
+attention_backward = torch.ops.foveal.attention_backward.default
 
 
 def _strided(x: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -60,9 +68,51 @@ def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+    valid: Tensor | None, kinds: Tensor | None, slot: Tensor | None, table: Tensor | None, bias: Tensor | None,
+    tile: list[int], scale: float, softcap: float, shift: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if out.numel() == 0 or k.shape[2] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    dlse = None if dlse is None else dlse.contiguous()
+    _native.backward(
+        _sizes(q, k, v), _strided(q), _strided(k), _strided(v), _strided(dout), out.data_ptr(), lse.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), scale, softcap,
+        _bias(bias, shift), *_seen(lo, hi, valid, kinds, slot, table, tile), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 _LIBRARY.impl("attention", _forward, "CPU")
+_LIBRARY.impl("attention_backward", _backward, "CPU")
 
 
 @torch.library.register_fake("foveal::attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return _empty(q, v)
+
+
+@torch.library.register_fake("foveal::attention_backward")
+def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *seen, bias, tile, scale, softcap, shift = inputs
+    ctx.save_for_backward(q, k, v, *output, *seen, bias)
+    ctx.numbers = tile, scale, softcap, shift
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    nothing = (None,) * (len(rest) + len(ctx.numbers))
+    if dout is None and dlse is None:
+        return (None, None, None, *nothing)
+    dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
+    return (*attention_backward(dout, dlse, q, k, v, out, lse, *rest, *ctx.numbers), *nothing)
+
+
+torch.library.register_autograd("foveal::attention", _differentiate, setup_context=_save, lib=_LIBRARY)
