@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.errors import UnsupportedError
 from . import TYPES, _native
 
 _LIBRARY = torch.library.Library("foveal", "DEF")
@@ -116,3 +117,10 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 
 
 torch.library.register_autograd("foveal::attention", _differentiate, setup_context=_save, lib=_LIBRARY)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise UnsupportedError("impl='native' has no second derivative. Use impl='reference' where one is needed.")
+
+
+torch.library.register_autograd("foveal::attention_backward", _no_second_derivative, lib=_LIBRARY)
