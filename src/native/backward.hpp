@@ -124,14 +124,6 @@ struct Backward {
     }
   }
 
-  void pack_wide(const Strided& x, long b, long h, long first, long count, long padded_count, long dim, Unit* to, long width_of, float* temp) const {
-    for (long c0 = 0; c0 < width_of; c0 += PANEL) {
-      Strided part = x;
-      part.data = static_cast<const char*>(x.data) + c0 * x.step[3] * size_of(p.type);
-      pack_rows<P>(part, p.type, b, h, first, count, padded_count, least(PANEL, dim - c0), to + c0 * (padded_count / P::per_unit), 0, temp);
-    }
-  }
-
   // Task of the first round: one panel of rows.
   void pack_queries(long index, int worker) const {
     const long panel = index % row_panels, head = index / row_panels, b = head / p.heads, h = head % p.heads;
@@ -139,10 +131,10 @@ struct Backward {
     Scratch mine = scratch_of(worker);
     float* temp = reinterpret_cast<float*>(mine.temp);
     RowPanel to = row_panel(head, panel);
-    pack_columns<P>(p.q, p.type, b, h, first, count, p.dim, to.q_columns, mine.temp);
-    pack_columns<P>(g.dout, p.type, b, h, first, count, p.dim_v, to.dout_columns, mine.temp);
-    pack_wide(p.q, b, h, first, count, PANEL, p.dim, to.q_rows, wide, temp);
-    pack_wide(g.dout, b, h, first, count, PANEL, p.dim_v, to.dout_rows, wide_v, temp);
+    pack_columns<P>(p.q, p.type, b, h, Rows{first}, count, p.dim, to.q_columns, mine.temp);
+    pack_columns<P>(g.dout, p.type, b, h, Rows{first}, count, p.dim_v, to.dout_columns, mine.temp);
+    pack_rows<P>(p.q, p.type, b, h, Rows{first}, count, PANEL, p.dim, to.q_rows, STEPS, 0, temp);
+    pack_rows<P>(g.dout, p.type, b, h, Rows{first}, count, PANEL, p.dim_v, to.dout_rows, STEPS, 0, temp);
     const Strided out{p.out, {p.heads * p.q_len * p.dim_v, p.q_len * p.dim_v, p.dim_v, 1}};
     for (long r = 0; r < PANEL; r++) {
       float term = 0.0f, row_lse = INF;  // a row that sees nothing, or lies past the end, has weights 0
@@ -174,7 +166,7 @@ struct Backward {
     for (long n = 0; n < KEY_PANELS; n++) {
       const long here = most(0, least(PANEL, count - n * PANEL));
       Unit* turned = mine.temp + 2 * wide;
-      pack_wide(p.k, b, h, first + n * PANEL, here, PANEL, p.dim, turned, wide, reinterpret_cast<float*>(mine.temp));
+      pack_rows<P>(p.k, p.type, b, h, Rows{first + n * PANEL}, here, PANEL, p.dim, turned, STEPS, 0, reinterpret_cast<float*>(mine.temp));
       for (long c0 = 0; c0 < p.dim; c0 += 16) {
         const long panel = c0 / PANEL * PANEL, width = least(PANEL, wide - panel);
         const Unit* from[16];

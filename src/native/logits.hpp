@@ -14,18 +14,16 @@ inline Vec tanh(Vec x) {  // 1 − 2 / (1 + e^2x)
 
 inline bool shaped(const Problem& p) { return p.softcap != 0.0f || p.bias; }  // more than a factor
 
-// 64 biases, in base 2, of query row i and keys first … first + 63: where they lie, or copied to `temp`.
-inline const float* bias_row(const Problem& p, long h, long i, long first, float* temp) {
-  const float* table = p.bias + h * (2 * p.reach + 1);
-  const long at = first - (i + p.shift) + p.reach;  // column of the first key, before clamping
-  for (long j = 0; j < PANEL; j++) temp[j] = table[most(0, least(2 * p.reach, at + j))] * LOG2_E;
-  return temp;
-}
-
-// s: 64 products of one row and one panel; becomes 64 logits in base 2.
-inline void shape_logits(const Problem& p, long h, long i, long first, float* s) {
+// s: products of one row and 64 keys from `first` on, or of the `count` keys of `list`; become logits in base 2.
+inline void shape_logits(const Problem& p, long h, long i, long first, const std::int64_t* list, long count, float* s) {
   float biases[PANEL];
-  if (p.bias) bias_row(p, h, i, first, biases);
+  if (p.bias) {
+    const float* table = p.bias + h * (2 * p.reach + 1);
+    for (long j = 0; j < PANEL; j++) {
+      const long key = list ? (j < count ? list[j] : 0) : first + j;
+      biases[j] = table[most(0, least(2 * p.reach, key - (i + p.shift) + p.reach))] * LOG2_E;
+    }
+  }
   for (long j = 0; j < PANEL; j += LANES) {
     Vec x = load(s + j);
     if (p.softcap != 0.0f) {

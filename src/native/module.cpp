@@ -117,6 +117,21 @@ Visible visible(const Problem& p, const Bounds& bounds, const std::optional<Vali
   return v;
 }
 
+using Listed = std::tuple<Address, long, long, long, long, long>;  // index, batch, heads, blocks, width, block_rows
+
+Lists lists(const Problem& p, const Listed& from) {
+  Lists l;
+  Address index;
+  std::tie(index, l.batch, l.heads, l.blocks, l.width, l.block_rows) = from;
+  l.index = at<std::int64_t>(index);
+  require(l.batch == 1 || l.batch == p.batch, "the lists have another batch size than q");
+  require(l.heads == 1 || l.heads == p.kv_heads || l.heads == p.heads, "the lists have neither 1 head nor those of k or q");
+  require(l.block_rows > 0 && l.blocks == (p.q_len + l.block_rows - 1) / l.block_rows, "the lists do not cover the rows");
+  const long total = l.batch * l.heads * l.blocks * l.width;
+  for (long i = 0; i < total; i++) require(l.index[i] < p.kv_len, "a list names a key that does not exist");
+  return l;
+}
+
 using Sizes = std::tuple<int, long, long, long, long, long, long, long>;
 using Tensor4 = std::tuple<Address, Four>;
 using Bias = std::tuple<Address, long, long>;  // table, reach, shift
@@ -146,8 +161,10 @@ Problem problem(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Te
 
 void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, Address out, Address lse, float scale,
              float softcap, const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
-             const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, int threads) {
+             const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, const std::optional<Listed>& listed,
+             int threads) {
   Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots);
+  if (listed) p.lists = lists(p, *listed);
   p.out = reinterpret_cast<void*>(out);
   p.lse = reinterpret_cast<float*>(lse);
   const Variant& variant = current();
@@ -204,7 +221,7 @@ NB_MODULE(_native, m) {
   m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
   m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
         nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
-        nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("threads"));
+        nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("threads"));
   m.def("backward", foveal::backward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("dout"), nb::arg("out"),
         nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(), nb::arg("kinds").none(), nb::arg("slots").none(),

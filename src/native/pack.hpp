@@ -16,6 +16,13 @@ inline const char* row_at(const Strided& x, Type type, long b, long h, long n) {
   return static_cast<const char*>(x.data) + (b * x.step[0] + h * x.step[1] + n * x.step[2]) * size_of(type);
 }
 
+// Rows first, first + 1, … or, with a list, rows list[0], list[1], …
+struct Rows {
+  long first;
+  const std::int64_t* list = nullptr;
+  long operator[](long r) const { return list ? list[r] : first + r; }
+};
+
 // Channel values of one row as floats.
 inline void read_floats(Type type, const char* row, long step, long count, float* to) {
   if (type == Type::f32) {
@@ -108,31 +115,31 @@ inline void transpose16(const Unit* const* rows, long at, long count, Unit* to, 
 
 // Up to 64 rows of `x` as a panel of columns, `to` [steps][64]; missing rows are zero. `temp`: 65 · steps units.
 template <class P>
-inline void pack_columns(const Strided& x, Type type, long b, long h, long first, long count, long dim, Unit* to, Unit* temp) {
+inline void pack_columns(const Strided& x, Type type, long b, long h, Rows which, long count, long dim, Unit* to, Unit* temp) {
   const long steps = steps_of<P>(dim);
   const Unit* rows[PANEL];
   Unit* none = temp + PANEL * steps;
   if (count < PANEL) std::memset(none, 0, (std::size_t)steps * 4);
   for (long r = 0; r < PANEL; r++) {
-    rows[r] = r < count ? row_units<P>(type, row_at(x, type, b, h, first + r), x.step[3], dim, temp + r * steps) : none;
+    rows[r] = r < count ? row_units<P>(type, row_at(x, type, b, h, which[r]), x.step[3], dim, temp + r * steps) : none;
   }
   for (long s = 0; s < steps; s += 16)
     for (long r = 0; r < PANEL; r += 16) transpose16(rows + r, s, least(16, steps - s), to + s * PANEL + r, PANEL);
 }
 
 // Rows of `x` as panels of at most 64 channels, each [steps][width] with the width padded to 16; missing rows are zero.
-// Panel c begins at `to + c · 64 · ld_steps`. `temp`: 2 · padded channels floats.
+// Channels c0 … c0 + 63 of step s lie at `to + c0 · panel_steps + (first_step + s) · width`. `temp`: 2 · padded channels floats.
 template <class P>
-inline void pack_rows(const Strided& x, Type type, long b, long h, long first, long count, long padded_count, long dim,
-                      Unit* to, long ld_steps, float* temp) {
+inline void pack_rows(const Strided& x, Type type, long b, long h, Rows which, long count, long padded_count, long dim,
+                      Unit* to, long panel_steps, long first_step, float* temp) {
   const long padded = ceil_div(dim, 16) * 16;
   for (long r = 0; r < padded_count; r += P::per_unit) {
-    const long s = r / P::per_unit;
+    const long s = first_step + r / P::per_unit;
     if constexpr (P::pairs) {
       std::uint16_t* pair[2] = {reinterpret_cast<std::uint16_t*>(temp), reinterpret_cast<std::uint16_t*>(temp + padded)};
       const std::uint16_t* from[2];
       for (int i = 0; i < 2; i++) {
-        const std::uint16_t* row = r + i < count ? reinterpret_cast<const std::uint16_t*>(row_at(x, type, b, h, first + r + i)) : nullptr;
+        const std::uint16_t* row = r + i < count ? reinterpret_cast<const std::uint16_t*>(row_at(x, type, b, h, which[r + i])) : nullptr;
         if (row && x.step[3] == 1 && padded == dim) {
           from[i] = row;
           continue;
@@ -142,19 +149,19 @@ inline void pack_rows(const Strided& x, Type type, long b, long h, long first, l
       }
       for (long c0 = 0; c0 < padded; c0 += PANEL) {
         const long width = least(PANEL, padded - c0);
-        Unit* line = to + c0 * ld_steps + s * width;
+        Unit* line = to + c0 * panel_steps + s * width;
         for (long c = 0; c < width; c++) line[c] = from[0][c0 + c] | (Unit)from[1][c0 + c] << 16;
       }
     } else {
       if (r < count) {
-        read_floats(type, row_at(x, type, b, h, first + r), x.step[3], dim, temp);
+        read_floats(type, row_at(x, type, b, h, which[r]), x.step[3], dim, temp);
         for (long c = dim; c < padded; c++) temp[c] = 0.0f;
       } else {
         for (long c = 0; c < padded; c++) temp[c] = 0.0f;
       }
       for (long c0 = 0; c0 < padded; c0 += PANEL) {
         const long width = least(PANEL, padded - c0);
-        std::memcpy(to + c0 * ld_steps + s * width, temp + c0, (std::size_t)width * 4);
+        std::memcpy(to + c0 * panel_steps + s * width, temp + c0, (std::size_t)width * 4);
       }
     }
   }

@@ -28,6 +28,12 @@ struct Visible {
   long tables = 0, words = 0;
 };
 
+// For each block of query rows a list of key positions, below 0 = none; see KeySelection.
+struct Lists {
+  const std::int64_t* index = nullptr;  // (batch, heads, blocks, width), or null
+  long batch = 1, heads = 1, blocks = 1, width = 0, block_rows = 1;
+};
+
 struct Problem {
   Type type = Type::f32;
   long batch = 0, heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, dim = 0, dim_v = 0;
@@ -36,6 +42,7 @@ struct Problem {
   const float* bias = nullptr;         // (heads, 2·reach + 1) or null
   long reach = 0, shift = 0;
   Visible visible;
+  Lists lists;
   void* out = nullptr;   // (batch, heads, q_len, dim_v) in the inputs' type
   float* lse = nullptr;  // (batch, heads, q_len)
 };

@@ -1,6 +1,7 @@
 // One instruction set's kernels: this file is compiled once for each, with FOVEAL_VARIANT as its namespace.
 // No standard containers here: an inline function compiled for a newer processor must never serve an older one.
 #include "backward.hpp"
+#include "few.hpp"
 #include "forward.hpp"
 #include "peak.hpp"
 
@@ -20,6 +21,21 @@ static bool usable() {
 #endif
 #endif
   return true;
+}
+
+template <class P>
+static void forward_as_fits(const Problem& p, Pool& pool, int threads) {
+  // Waking a helper takes as long as half a million multiply-adds.
+  const double work = (double)p.batch * p.heads * p.q_len * (p.lists.index ? p.lists.width : p.kv_len) * (p.dim + p.dim_v);
+  if (work / (1 << 19) + 1 < threads) threads = (int)(work / (1 << 19)) + 1;
+  few(p) ? few_as<P>(p, pool, threads) : forward_as<P>(p, pool, threads);
+}
+
+static void forward(const Problem& p, Pool& pool, int threads) {
+#if defined(__AVX512BF16__)
+  if (p.type == Type::bf16) return forward_as_fits<Pairs>(p, pool, threads);
+#endif
+  forward_as_fits<Floats>(p, pool, threads);
 }
 
 #define FOVEAL_TEXT_OF(x) #x

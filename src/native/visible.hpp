@@ -12,7 +12,7 @@ enum class Shows { nothing, all, some };
 struct Chunk {
   const Problem* problem;
   const std::uint64_t* valid_bits;  // (valid_batch, panels) or null
-  long b, h, first, rows;
+  long b, h, first, rows, per_head;  // row r is query first + r % per_head of head h + r / per_head
   const std::int64_t *lo, *hi;  // of the chunk's rows
   long lo_least, lo_most, hi_least, hi_most;
   bool blind_rows;  // some row sees no key at all
@@ -41,7 +41,7 @@ inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b
   c.b = b;
   c.h = 0;
   c.first = first;
-  c.rows = rows;
+  c.rows = c.per_head = rows;
   const long at = (v.bounds_batch > 1 ? b : 0) * p.q_len + first;
   c.lo = v.lo + at;
   c.hi = v.hi + at;

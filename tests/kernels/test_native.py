@@ -19,31 +19,36 @@ from torch.utils.checkpoint import checkpoint
 
 import foveal
 from foveal.core.errors import ShapeError, UnsupportedError
-from foveal.core.layouts import BlockMask, Layout, block_mask
+from foveal.core.layouts import BlockMask, KeySelection, Layout, block_mask
 from foveal.kernels import native
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.dispatch import compute
 from foveal.kernels.native.plan import visible
 from foveal.patterns import SlidingWindow
 
-from ..strategies import Call, calls, finite, hosts, random_blocks
+from ..strategies import Call, calls, finite, hosts, random_blocks, random_groups, random_lists
 from ..support import assert_close
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(native.unavailable() is not None, reason=f"native {native.unavailable()}"),
 ]
-KINDS = pytest.mark.parametrize("kind", ["dense", "blocks"])
-VARIANTS = [] if native.unavailable() else native._native.variants()
+KINDS = pytest.mark.parametrize("kind", ["dense", "blocks", "lists"])
+TRAINED = pytest.mark.parametrize("kind", ["dense", "blocks"])
+VARIANTS: list[str] = []
+if native.unavailable() is None:
+    from foveal.kernels.native import _native, ops
+
+    VARIANTS = _native.variants()
 
 
 @pytest.fixture(params=VARIANTS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn."""
-    before = native._native.variant()
-    native._native.choose(request.param)
+    before = _native.variant()
+    _native.choose(request.param)
     yield request.param
-    native._native.choose(before)
+    _native.choose(before)
 
 
 def attend(call: Call, impl: str, **changes: Any) -> tuple[Tensor, Tensor]:
@@ -85,7 +90,8 @@ def check(call: Call, dtype: torch.dtype) -> None:
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     assert_close(lse, want_lse, 2e-5, "lse")
     if dtype == torch.float32:
-        return assert_close(out, want, 1e-5, "out")
+        assert_close(out, want, 1e-5, "out")
+        return
     # one rounding of the result, and in bfloat16 one of every weight: at most eps/2 of the mean |v| that the row sees
     exact.v = exact.v.abs()
     weights = attend(exact, "reference")[0] if dtype == torch.bfloat16 else 0.0
@@ -123,7 +129,7 @@ def check_gradients(call: Call, dtype: torch.dtype) -> None:
         assert error <= allowed, f"gradient of {name} is off by {error / size:.3g} of its size"
 
 
-@KINDS
+@TRAINED
 @pytest.mark.parametrize("dtype", native.TYPES, ids=str)
 @settings(max_examples=25)
 @given(data=st.data())
@@ -163,6 +169,44 @@ def test_edges_of_tiles_on_every_instruction_set(
     check_gradients(random_call(0, sizes, causal=causal), dtype)
 
 
+FEW = {
+    "decode": (1, 9, 3, 1, 700, 64, 64),
+    "one head, keys are split": (1, 1, 1, 1, 1500, 64, 48),
+    "a few rows after a cache": (2, 4, 2, 5, 390, 33, 16),
+    "as many rows as are few": (1, 2, 1, 48, 300, 64, 64),
+    "wide": (1, 2, 2, 3, 600, 128, 200),
+}
+
+
+@pytest.mark.parametrize("sizes", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_on_every_instruction_set(isa: str, sizes: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    bias = torch.linspace(-1, 1, sizes[1] * 21, dtype=torch.float64).view(sizes[1], 21)
+    check(random_call(11, sizes), dtype)
+    check(random_call(11, sizes, causal=False, scale=-0.3, softcap=2.0), dtype)
+    check(random_call(11, sizes, bias=bias), dtype)
+    batch, heads, kv_heads, q_len, kv_len, *_ = sizes
+    make = torch.Generator().manual_seed(1)
+    for of_heads in (1, kv_heads, heads):
+        lists = random_lists(make, batch, of_heads, q_len, kv_len, 3, kv_len // 3, True)
+        check(random_call(12, sizes, lists), dtype)
+    check(random_call(13, sizes, random_blocks(make, batch, heads, q_len, kv_len, (64, 64), True)), dtype)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("block", [1, 16, 100])
+@pytest.mark.parametrize("of_heads", [1, 2, 6])
+def test_lists_of_keys_on_every_instruction_set(isa: str, block: int, of_heads: int) -> None:
+    sizes = (2, 6, 2, 210, 330, 64, 48)
+    lists = random_lists(torch.Generator().manual_seed(2), 2, of_heads, 210, 330, block, 150, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(random_call(14, sizes, lists), dtype)
+    whole = KeySelection(torch.arange(330).expand(1, 1, -(-210 // block), -1), block)
+    check(random_call(15, sizes, whole), torch.float32)
+
+
 @pytest.mark.parametrize("tile", [(64, 64), (128, 128), (128, 64), (16, 16), (1, 8), (96, 48), (200, 130)], ids=str)
 @pytest.mark.parametrize("mod", [False, True])
 def test_block_masks_on_every_instruction_set(isa: str, tile: tuple[int, int], mod: bool) -> None:
@@ -191,13 +235,21 @@ def test_every_demand_of_a_host(kind: str, data: st.DataObject) -> None:
     low, exact = lowered(call, torch.float32)
     leaves = [[t.clone().requires_grad_() for t in (c.q, c.k, c.v)] for c in (low, exact)]
     found = []
+    if kind == "lists" and base.predicate is not None:
+        reason = "cannot ask the host's own mask"
+        with torch.no_grad(), pytest.raises(UnsupportedError, match=reason):
+            compute(AttentionCall(low.q, low.k, low.v, call.layout, base, 0.7), "native")
+        return
     for impl, c, (q, k, v) in (("native", low, leaves[0]), ("reference", exact, leaves[1])):
         options = {"softcap": c.options["softcap"], "bias": c.options["bias"]}
-        out, lse = compute(AttentionCall(q, k, v, c.layout, base, 0.7, **options), impl)
+        with torch.set_grad_enabled(kind != "lists"):
+            out, lse = compute(AttentionCall(q, k, v, c.layout, base, 0.7, **options), impl)
         assert lse is not None
-        loss = out.square().sum() + finite(lse).sum()
-        found.append([out.detach(), lse.detach(), *torch.autograd.grad(loss, [q, k, v])])
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
+        found.append([out.detach(), lse.detach()])
+        if kind != "lists":
+            loss = out.square().sum() + finite(lse).sum()
+            found[-1] += torch.autograd.grad(loss, [q, k, v])
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=False):
         assert_close(a, b, 1e-4, name)
 
 
@@ -390,10 +442,9 @@ def test_the_compiled_door_checks_every_index_itself() -> None:
     bounds = [torch.zeros(1, 100, dtype=torch.long), torch.full((1, 100), 100)]
     kinds, table = torch.ones(1, 1, 2, 2, dtype=torch.int8), torch.zeros(3, 64, 1, dtype=torch.long)
     slot = torch.zeros(1, 1, 2, 2, dtype=torch.int32)
-    rest = (None, [64, 64], 1.0, 0.0, 0)
 
     def run(kinds: Tensor, slot: Tensor, table: Tensor, tile: list[int]) -> None:
-        torch.ops.foveal.attention(q, q, q, *bounds, None, kinds, slot, table, None, tile, *rest[2:])
+        ops.attention(q, q, q, *bounds, None, kinds, slot, table, None, None, tile, 1.0, 0.0, 0)
 
     run(kinds, slot, table, [64, 64])
     for value in (3, -2):
@@ -403,6 +454,9 @@ def test_the_compiled_door_checks_every_index_itself() -> None:
             run(kinds, wrong, table, [64, 64])
     with pytest.raises(ValueError, match="do not cover the rows and keys"):
         run(kinds, slot, table, [32, 64])
+    index = torch.full((1, 1, 2, 3), 100)
+    with pytest.raises(ValueError, match="a list names a key that does not exist"):
+        ops.attention(q, q, q, *bounds, None, None, None, None, index, None, [64, 0], 1.0, 0.0, 0)
     with pytest.raises(ValueError, match="another number of heads"):
         run(kinds.expand(1, 3, 2, 2).contiguous(), slot, table, [64, 64])
 
@@ -417,6 +471,12 @@ def test_refusals_name_their_reason() -> None:
         attend(low, "native", bias=bias)
     with torch.no_grad():
         attend(low, "native", bias=bias)
+    lists = KeySelection(torch.zeros(1, 1, 20, 1, dtype=torch.long), 1)
+    with pytest.raises(UnsupportedError, match="no gradient through a KeySelection"):
+        attend(Call(low.q.requires_grad_(), low.k, low.v, lists, True, {}), "native")
+    groups = random_groups(torch.Generator().manual_seed(0), (1, 2, 2, 20, 20), 2, False, "softmax")
+    with pytest.raises(UnsupportedError, match="the call has Groups"):
+        attend(Call(low.q, low.k, low.v, groups, True, {}), "native")
 
 
 # --- torch's machinery -----------------------------------------------------------------------------------------------
@@ -427,26 +487,24 @@ def operator_arguments(mask: BlockMask | None = None, grad: bool = True) -> tupl
     seen = visible(AttentionCall(call.q, call.k, call.v, mask, call.host.base(), 0.25))
     q, k, v = (t.requires_grad_(grad) for t in (call.q, call.k, call.v))
     return (
-        q, k, v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, None, list(seen.tile), 0.25, 0.0, 0,
+        q, k, v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, None, None, list(seen.tile), 0.25, 0.0, 0,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked: bool) -> None:
     mask = random_blocks(torch.Generator().manual_seed(0), 1, 2, 100, 100, (32, 32), True) if masked else None
-    torch.library.opcheck(torch.ops.foveal.attention.default, operator_arguments(mask))
+    torch.library.opcheck(ops.attention, operator_arguments(mask))
     q, k, v, *rest = operator_arguments(mask, grad=False)
-    out, lse = torch.ops.foveal.attention(q, k, v, *rest)
-    torch.library.opcheck(
-        torch.ops.foveal.attention_backward.default, (torch.ones_like(out), None, q, k, v, out, lse, *rest)
-    )
+    out, lse = ops.attention(q, k, v, *rest)
+    torch.library.opcheck(ops.attention_backward, (torch.ones_like(out), None, q, k, v, out, lse, *rest[:6], *rest[7:]))
 
 
 def test_compiled_whole_graph_equals_eager() -> None:
     arguments = operator_arguments()
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = torch.ops.foveal.attention(2 * q, k, v, *arguments[3:])
+        out, lse = ops.attention(2 * q, k, v, *arguments[3:])
         return out.square().sum() + lse.sum()
 
     grads = [

@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs: dense and block-sparse attention in float32, bfloat16 and float16.
+"""C++ kernels for CPUs: dense, block-sparse and list-sparse attention in float32, bfloat16 and float16.
 
 ``docs/native.md`` explains the blocking; the sources are in ``src/native``. The instruction set is chosen when the first
 call runs; the environment variable ``FOVEAL_ISA`` (``avx512bf16``, ``avx512``, ``avx2``, ``baseline``) forces one.
@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...core.layouts import BlockMask
+from ...core.layouts import Groups, KeySelection
 from ..call import AttentionCall
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,8 +41,13 @@ def refusals(call: AttentionCall) -> list[str]:
         reasons.append(f"runs on CPU; the tensors are on {call.q.device.type}")
     if call.q.dtype not in TYPES:
         reasons.append("computes in float32 or lower")
-    if call.layout is not None and not isinstance(call.layout, BlockMask):
-        reasons.append(f"takes dense calls and BlockMask layouts; the call has a {type(call.layout).__name__}")
+    if isinstance(call.layout, Groups):
+        reasons.append("takes dense calls, BlockMask and KeySelection; the call has Groups")
+    if isinstance(call.layout, KeySelection):
+        if call.needs_grad:
+            reasons.append("has no gradient through a KeySelection")
+        if call.base.predicate is not None:
+            reasons.append("cannot ask the host's own mask about single keys of a KeySelection")
     if call.bias is not None and call.bias.requires_grad and torch.is_grad_enabled():
         reasons.append("has no gradient for the relative-position bias")
     return reasons
@@ -56,6 +61,6 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     seen = visible(call)
     bias = None if call.bias is None else call.bias.float().contiguous()
     return attention(
-        call.q, call.k, call.v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, bias,
+        call.q, call.k, call.v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, seen.index, bias,
         list(seen.tile), call.scale, call.softcap or 0.0, call.base.shift,
     )  # fmt: skip

@@ -20,6 +20,7 @@ def forward(
     valid: tuple[int, int] | None,
     kinds: tuple[int, ...] | None,
     slots: tuple[int, ...] | None,
+    lists: tuple[int, ...] | None,
     threads: int,
 ) -> None: ...
 def backward(

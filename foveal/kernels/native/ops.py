@@ -13,7 +13,7 @@ from . import TYPES, _native
 _LIBRARY = torch.library.Library("foveal", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, "
-    "Tensor? table, Tensor? bias, int[] tile, float scale, float softcap, SymInt shift) -> (Tensor, Tensor)"
+    "Tensor? table, Tensor? index, Tensor? bias, int[] tile, float scale, float softcap, SymInt shift) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, "
@@ -53,14 +53,15 @@ def _bias(bias: Tensor | None, shift: int) -> tuple[int, int, int] | None:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, valid: Tensor | None, kinds: Tensor | None, slot: Tensor | None,
-    table: Tensor | None, bias: Tensor | None, tile: list[int], scale: float, softcap: float, shift: int,
+    table: Tensor | None, index: Tensor | None, bias: Tensor | None, tile: list[int], scale: float, softcap: float, shift: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _empty(q, v)
-    if out.numel() == 0 or k.shape[2] == 0:
+    if out.numel() == 0 or k.shape[2] == 0 or (index is not None and index.numel() == 0):
         return out.zero_(), lse.fill_(-torch.inf)
     _native.forward(
         _sizes(q, k, v), _strided(q), _strided(k), _strided(v), out.data_ptr(), lse.data_ptr(), scale, softcap,
-        _bias(bias, shift), *_seen(lo, hi, valid, kinds, slot, table, tile), torch.get_num_threads(),
+        _bias(bias, shift), *_seen(lo, hi, valid, kinds, slot, table, tile),
+        None if index is None else (index.data_ptr(), *index.shape, tile[0]), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -101,7 +102,9 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *seen, bias, tile, scale, softcap, shift = inputs
+    q, k, v, *seen, index, bias, tile, scale, softcap, shift = inputs
+    if index is not None:
+        raise UnsupportedError("impl='native' has no gradient through lists of keys. Use impl='gather'.")
     ctx.save_for_backward(q, k, v, *output, *seen, bias)
     ctx.numbers = tile, scale, softcap, shift
     ctx.set_materialize_grads(False)
@@ -109,7 +112,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
-    nothing = (None,) * (len(rest) + len(ctx.numbers))
+    nothing = (None,) * (len(rest) + 1 + len(ctx.numbers))
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout

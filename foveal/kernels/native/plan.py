@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import noop_mask
 
 from ...core.base_mask import EMPTY, PARTIAL, BaseMask, Predicate
 from ...core.errors import ShapeError
-from ...core.layouts import BlockMask, block_mask_kinds
+from ...core.layouts import BlockMask, KeySelection, block_mask_kinds
 from ..block_plan import reads
 from ..call import AttentionCall
 
@@ -34,7 +34,8 @@ class Visible:
         kinds: ``(B or 1, H or 1, q tiles, kv tiles)`` int8, 0 drops a tile; None keeps all.
         slot: like ``kinds``, int32: row of ``table`` that cuts the tile further, −1 for none.
         table: ``(T, q_tile, words)`` int64: bit ``k`` of row ``q`` says whether the pair is visible.
-        tile: rows and keys per tile.
+        index: ``(B or 1, 1 or Hkv or H, blocks, K)`` int64 key positions, below 0 for none; or None.
+        tile: rows and keys per tile; rows per list of ``index``.
     """
 
     lo: Tensor
@@ -43,12 +44,15 @@ class Visible:
     kinds: Tensor | None = None
     slot: Tensor | None = None
     table: Tensor | None = None
+    index: Tensor | None = None
     tile: tuple[int, int] = (0, 0)
 
 
 def visible(call: AttentionCall) -> Visible:
     """The arguments for a call; the last mask's are remembered in ``call.base``, because layers share masks."""
     base, mask = call.base, call.layout
+    if isinstance(mask, KeySelection):
+        return _listed(base, mask)
     assert mask is None or isinstance(mask, BlockMask)
     memo = ("native", call.q.shape[0], call.q.shape[1])
     found = base.cache.get(memo)
@@ -57,8 +61,17 @@ def visible(call: AttentionCall) -> Visible:
     return found[1]
 
 
+def _listed(base: BaseMask, lists: KeySelection) -> Visible:
+    hi = base.hi if lists.limit is None else torch.minimum(base.hi, lists.limit)
+    lo = base.lo.expand(hi.shape[0], -1)
+    valid = None if base.valid is None else base.valid.contiguous()
+    return Visible(lo.contiguous(), hi.contiguous(), valid, index=lists.index.contiguous(), tile=(lists.block_size, 0))
+
+
 def _visible(call: AttentionCall, base: BaseMask, mask: BlockMask | None) -> Visible:
-    bounds = base.lo.contiguous(), base.hi.contiguous(), None if base.valid is None else base.valid.contiguous()
+    size = max(base.lo.shape[0], base.hi.shape[0])
+    lo, hi = (x.expand(size, -1).contiguous() for x in (base.lo, base.hi))
+    bounds = lo, hi, None if base.valid is None else base.valid.contiguous()
     if mask is None and base.predicate is None:
         return Visible(*bounds)
     tile = (BLOCK, BLOCK) if mask is None else mask.BLOCK_SIZE
@@ -79,7 +92,7 @@ def _visible(call: AttentionCall, base: BaseMask, mask: BlockMask | None) -> Vis
         conditions.append((base.predicate, (allowed == PARTIAL) & (kinds != EMPTY)))
     conditions = [(condition, where) for condition, where in conditions if bool(where.any())]
     slot, table = _bits(call, conditions, tile) if conditions else (None, None)
-    return Visible(*bounds, kinds.contiguous(), slot, table, tile)
+    return Visible(*bounds, kinds.contiguous(), slot, table, tile=tile)
 
 
 def check(mask: BlockMask, base: BaseMask) -> None:
