@@ -5,6 +5,7 @@
 // a part of the keys, and the parts are joined in order by their log-sum-exps.
 #pragma once
 
+#include "direct.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
 
@@ -22,6 +23,7 @@ struct Few {
   const long block_rows, block_count;  // rows per list
   const long chunk_rows, per_block;  // query rows of a task, tasks per block
   const long units, splits, most_keys;
+  const bool in_place;  // keys and values are not packed
   std::uint64_t* valid_bits = nullptr;
   char* scratch = nullptr;
   long scratch_bytes = 0;
@@ -48,18 +50,21 @@ struct Few {
         per_block(ceil_div(block_rows, chunk_rows)),
         units(p.batch * (p.heads / stacked) * block_count * per_block),
         splits(split(p, units, threads)),
-        most_keys(p.lists.index ? p.lists.width : 0) {}
+        most_keys(p.lists.index ? p.lists.width : 0),
+        in_place(!P::pairs && direct(p, chunk_rows * stacked)) {}
 
   struct Scratch {
     Softmax<P> rows;
     Unit *keys, *values, *temp;
     std::int64_t *list, *where;  // the task's keys without pads; those of the gathered panels
+    const char** rows_at;        // where the rows of a panel's keys, and of all values, lie
     Scratch(const Few& f, Carve& memory) : rows(f.p, f.chunk_rows * f.stacked, memory) {
-      keys = memory.take<Unit>(BLOCK_PANELS * PANEL * rows.steps);
-      values = memory.take<Unit>(VALUE_STEPS * rows.wide);
-      temp = memory.take<Unit>(65 * rows.steps + 2 * rows.wide);
+      keys = memory.take<Unit>(f.in_place ? 0 : BLOCK_PANELS * PANEL * rows.steps);
+      values = memory.take<Unit>(f.in_place ? 0 : VALUE_STEPS * rows.wide);
+      temp = memory.take<Unit>(f.in_place ? 0 : 65 * rows.steps + 2 * rows.wide);
       list = memory.take<std::int64_t>(f.most_keys);
       where = memory.take<std::int64_t>(BLOCK_PANELS * PANEL);
+      rows_at = memory.take<const char*>((1 + BLOCK_PANELS) * PANEL);
     }
   };
 
@@ -160,7 +165,7 @@ struct Few {
         count++;
       }
       if (count == BLOCK_PANELS || (count && panel == end - 1)) {
-        cut_block ? rows.template step<true>(c, from, block, count) : rows.template step<false>(c, from, block, count);
+        cut_block ? step<true>(c, mine, from, block, count) : step<false>(c, mine, from, block, count);
         count = 0;
         cut_block = false;
       }
@@ -174,14 +179,47 @@ struct Few {
     }
   }
 
-  // Pack keys `start` … of the list, or of all keys, as panel `slot`.
+  // Pack keys `start` … of the list, or of all keys, as panel `slot`; or, in place, multiply them right away.
   void gather(const Chunk& c, Scratch& mine, long slot, long start, long count) const {
     const long steps = mine.rows.steps, kv = c.h / (p.heads / p.kv_heads);
     const Rows which{start, p.lists.index ? mine.list + start : nullptr};
+    for (long j = 0; j < PANEL; j++) mine.where[slot * PANEL + j] = which[least(j, count - 1)];
+    if constexpr (!P::pairs) {
+      if (in_place) {
+        for (long j = 0; j < PANEL; j++) {
+          mine.rows_at[j] = row_at(p.k, p.type, c.b, kv, mine.where[slot * PANEL + j]);
+          mine.rows_at[(slot + 1) * PANEL + j] = row_at(p.v, p.type, c.b, kv, mine.where[slot * PANEL + j]);
+        }
+        float* s = mine.rows.s + slot * PANEL;
+        const float* q = reinterpret_cast<const float*>(mine.rows.queries);
+        p.type == Type::bf16 ? all_dots<true>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL)
+                             : all_dots<false>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL);
+        return;
+      }
+    }
     pack_columns<P>(p.k, p.type, c.b, kv, which, count, p.dim, mine.keys + slot * PANEL * steps, mine.temp);
     pack_rows<P>(p.v, p.type, c.b, kv, which, count, PANEL, p.dim_v, mine.values, VALUE_STEPS, slot * PANEL / P::per_unit,
                  reinterpret_cast<float*>(mine.temp));
-    for (long j = 0; j < PANEL; j++) mine.where[slot * PANEL + j] = which[least(j, count - 1)];
+  }
+
+  // The softmax and the weighted sum of a block of gathered panels.
+  template <bool cut_block>
+  void step(const Chunk& c, Scratch& mine, const Keys& from, const long* block, long count) const {
+    if constexpr (!P::pairs) {
+      if (in_place) {
+        constexpr long ld = BLOCK_PANELS * PANEL;
+        const Softmax<P>& rows = mine.rows;
+        for (long r = 0; r < c.rows; r++)
+          for (long n = 0; n < count; n++)
+            rows.template logits<cut_block>(c, from, r, n, rows.s + r * ld + n * PANEL, rows.bits[r * BLOCK_PANELS + n], 1);
+        rows.softmax(0, c.rows, count * PANEL);
+        const char** value = mine.rows_at + PANEL;
+        p.type == Type::bf16 ? all_weigh<true>(c.rows, rows.s, ld, value, count * PANEL, rows.o, rows.wide, rows.factor)
+                             : all_weigh<false>(c.rows, rows.s, ld, value, count * PANEL, rows.o, rows.wide, rows.factor);
+        return;
+      }
+    }
+    mine.rows.template step<cut_block>(c, from, block, count);
   }
 
   // Task of the second round: join the parts of a unit.
@@ -214,6 +252,12 @@ void few_as(const Problem& p, Pool& pool, int threads) {
   mark_valid(p, f.valid_bits);
   pool.run(threads, f.units * f.splits, [](void* x, long i, int worker) { static_cast<Few<P>*>(x)->attend(i, worker); }, &f);
   if (f.splits > 1) pool.run(threads, f.units, [](void* x, long i, int worker) { static_cast<Few<P>*>(x)->join(i, worker); }, &f);
+}
+
+// Whether few rows share a panel, so that it is read where it lies.
+inline bool very_few(const Problem& p) {
+  const long stacked = Few<Floats>::stack(p, Few<Floats>::may_stack(p));
+  return direct(p, least(least(p.q_len, p.lists.index ? p.lists.block_rows : p.q_len), FEW_ROWS / stacked) * stacked);
 }
 
 // Whether a call is better served here: its rows fit one task per key head.

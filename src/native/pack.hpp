@@ -123,8 +123,8 @@ inline void pack_columns(const Strided& x, Type type, long b, long h, Rows which
   for (long r = 0; r < PANEL; r++) {
     rows[r] = r < count ? row_units<P>(type, row_at(x, type, b, h, which[r]), x.step[3], dim, temp + r * steps) : none;
   }
-  for (long s = 0; s < steps; s += 16)
-    for (long r = 0; r < PANEL; r += 16) transpose16(rows + r, s, least(16, steps - s), to + s * PANEL + r, PANEL);
+  for (long r = 0; r < PANEL; r += 16)
+    for (long s = 0; s < steps; s += 16) transpose16(rows + r, s, least(16, steps - s), to + s * PANEL + r, PANEL);
 }
 
 // Rows of `x` as panels of at most 64 channels, each [steps][width] with the width padded to 16; missing rows are zero.
@@ -153,15 +153,22 @@ inline void pack_rows(const Strided& x, Type type, long b, long h, Rows which, l
         for (long c = 0; c < width; c++) line[c] = from[0][c0 + c] | (Unit)from[1][c0 + c] << 16;
       }
     } else {
+      const float* row = temp;
       if (r < count) {
-        read_floats(type, row_at(x, type, b, h, which[r]), x.step[3], dim, temp);
-        for (long c = dim; c < padded; c++) temp[c] = 0.0f;
+        const char* from = row_at(x, type, b, h, which[r]);
+        if (type == Type::f32 && x.step[3] == 1 && padded == dim) {
+          row = reinterpret_cast<const float*>(from);
+        } else {
+          read_floats(type, from, x.step[3], dim, temp);
+          for (long c = dim; c < padded; c++) temp[c] = 0.0f;
+        }
       } else {
         for (long c = 0; c < padded; c++) temp[c] = 0.0f;
       }
       for (long c0 = 0; c0 < padded; c0 += PANEL) {
         const long width = least(PANEL, padded - c0);
-        std::memcpy(to + c0 * panel_steps + s * width, temp + c0, (std::size_t)width * 4);
+        float* line = reinterpret_cast<float*>(to + c0 * panel_steps + s * width);
+        for (long c = 0; c < width; c += LANES) store(line + c, load(row + c0 + c));
       }
     }
   }

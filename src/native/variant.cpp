@@ -28,7 +28,8 @@ static void forward_as_fits(const Problem& p, Pool& pool, int threads) {
   // Waking a helper takes as long as half a million multiply-adds.
   const double work = (double)p.batch * p.heads * p.q_len * (p.lists.index ? p.lists.width : p.kv_len) * (p.dim + p.dim_v);
   if (work / (1 << 19) + 1 < threads) threads = (int)(work / (1 << 19)) + 1;
-  few(p) ? few_as<P>(p, pool, threads) : forward_as<P>(p, pool, threads);
+  if (!few(p)) return forward_as<P>(p, pool, threads);
+  very_few(p) ? few_as<Floats>(p, pool, threads) : few_as<P>(p, pool, threads);
 }
 
 static void forward(const Problem& p, Pool& pool, int threads) {

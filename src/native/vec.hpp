@@ -65,6 +65,22 @@ inline Vec exp2(Vec x) {
   return _mm512_scalef_ps(p, x);  // p · 2^floor(x)
 }
 
+// to[i] = sum of the lanes of x[i], for 16 vectors at once.
+inline void hsum16(const Vec* x, float* to) {
+  Vec t[8], u[4];
+  for (int i = 0; i < 8; i++) t[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const Vec v = add(_mm512_shuffle_f32x4(u[0], u[1], 0x44), _mm512_shuffle_f32x4(u[0], u[1], 0xee));
+  const Vec w = add(_mm512_shuffle_f32x4(u[2], u[3], 0x44), _mm512_shuffle_f32x4(u[2], u[3], 0xee));
+  store(to, add(_mm512_shuffle_f32x4(v, w, 0x88), _mm512_shuffle_f32x4(v, w, 0xdd)));
+}
+inline Vec load_bf16(const std::uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+
 #elif defined(__AVX2__)
 
 using Vec = __m256;
@@ -203,6 +219,17 @@ inline std::uint16_t to_f16(float x) {  // to nearest, ties to even
   u += 0xc8000fffu + ((u >> 13) & 1);
   return (std::uint16_t)(sign | (u >> 13));
 }
+
+#if !defined(__AVX512F__)
+inline void hsum16(const Vec* x, float* to) {
+  for (int i = 0; i < 16; i++) to[i] = hsum(x[i]);
+}
+inline Vec load_bf16(const std::uint16_t* p) {
+  float f[LANES];
+  for (int i = 0; i < LANES; i++) f[i] = from_bf16(p[i]);
+  return load(f);
+}
+#endif
 
 // --- how a product adds up ------------------------------------------------------------------------------------------------
 
