@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from foveal.core.budget import Budget
-from foveal.patterns import DHSA, BlockTopK, Dense, Pattern, SlidingWindow, Triangle
+from foveal.patterns import DHSA, BlockTopK, Dense, MoBA, Pattern, SlidingWindow, Triangle, VMoBA
 
 from .support import Host
 
@@ -71,6 +71,34 @@ DHSA_WRONG = (
     ("gap", -1),
 )
 NOT_CAUSAL = frozenset({"bidirectional", "encoder, padding", "cross"})
+
+CROSS = frozenset({"cross"})
+
+
+def grid_of(host: Host) -> tuple[int, int, int]:
+    """Frames of 5×2 tokens for the longest sequence; where it is causal the last frame may be cut short."""
+    longest = max((n for row in host.documents for n in row), default=0)
+    longest = longest or max(host.kv_len - left - right for left, right in host.pads or ((0, 0),))
+    return -(-longest // 10), 5, 2
+
+
+def vmoba(refuses: frozenset[str] = CROSS, **fields: Any) -> Row:
+    """A row of VMoBA over a grid that fits the host; the middle entry of ``blocks`` is used, so that the cycle is too."""
+    few = VMoBA(**{"blocks": ((99,), (8,), (99,))} | fields)
+    wrong = (("threshold", -0.1), ("threshold", 1.5), ("dense_steps", -1), ("blocks", ()), ("top_k", (0,)), ("grid", (0, 2)))
+    full = replace(few, threshold=1.0, top_k=(1 << 20,) if few.top_k else ())
+    return Row(few, full, extra=lambda q, k, host: {"grid": grid_of(host), "layer_index": 4}, wrong=wrong, refuses=refuses)
+
+
+def first_blocks(host: Host, b: int, i: np.ndarray, j: np.ndarray, block: int) -> np.ndarray:
+    """The definition of MoBA with ``top_k = 1``: the query's own block, counted inside its sequence.
+
+    Rows of padding after a sequence belong to its last token.
+    """
+    last = host.kv_len - 1 - (host.pads[b][1] if host.pads else 0)
+    own = np.clip(host.first + i, 0, last)
+    return host.rank(b, own) // block == host.rank(b, j) // block
+
 
 PATTERNS: dict[str, Row] = {
     "dense": Row(Dense(), Dense(), lambda host, b, i, j: i + j >= 0),
@@ -131,6 +159,19 @@ PATTERNS: dict[str, Row] = {
         per_head=True,
         decode="reconstructed",
     ),
+    "moba": Row(
+        MoBA(block=16, top_k=3), MoBA(block=16, top_k=1 << 20), refuses=CROSS, wrong=(("block", 0), ("top_k", 0))
+    ),
+    "moba-1": Row(
+        MoBA(block=13, top_k=1), MoBA(block=1 << 20, top_k=1), lambda host, b, i, j: first_blocks(host, b, i, j, 13), refuses=CROSS
+    ),
+    "moba-short": Row(MoBA(block=1, top_k=5), MoBA(block=1, top_k=1 << 20), refuses=CROSS),
+    "vmoba": vmoba(blocks=((99,), (1, 2, 0), (99,))),
+    "vmoba-box-topk": vmoba(blocks=((99,), (0, 2, 1), (99,)), top_k=(99, 2, 99)),
+    "vmoba-query": vmoba(scope="query_head", threshold=0.4),
+    "vmoba-query-topk": vmoba(scope="query_head", top_k=(3,)),
+    "vmoba-block": vmoba(scope="block", threshold=0.3, strict=True),
+    "vmoba-overall": vmoba(scope="overall"),
 }
 
 HOSTS: dict[str, Host] = {
