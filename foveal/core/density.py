@@ -125,7 +125,9 @@ def _dense_listed(base: BaseMask, batch: int, block_size: int) -> int:
 
 def _groups(layout: Groups, base: BaseMask, batch: int, num_heads: int, num_kv_heads: int, allowed: int) -> Density:
     n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
-    pairs = _group_pairs(layout, base, num_heads) if base.predicate is None else _predicate_pairs(layout, base, num_heads)
+    pairs = (
+        _group_pairs(layout, base, num_heads) if base.predicate is None else _predicate_pairs(layout, base, num_heads)
+    )
     repeat = 1 if layout.per_head else num_heads
     return Density(pairs * repeat, allowed, float((n_q * n_k).sum() * repeat), _dense_tiles(base, batch) * num_heads)
 

@@ -86,7 +86,9 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
     owner, plan = group_plan(call, layout, _budget(call.q.device))
     total = batch * heads * q_len
-    spare = call.q.new_zeros(1, call.q.shape[3])  # takes what pads a bucket; its logits are 0, and nobody reads its output
+    spare = call.q.new_zeros(
+        1, call.q.shape[3]
+    )  # takes what pads a bucket; its logits are 0, and nobody reads its output
     k, v = _flat(call.k), _flat(call.v)
     if layout.combine == "softmax":
         q = torch.cat([_flat(call.q), spare])

@@ -54,7 +54,11 @@ def _by_histogram(values: Tensor, candidate: Tensor, need: Tensor, count: bool, 
     keep = slot > level
     inside = (slot == level).nonzero()[:, 0]
     rest = _by_sorting(
-        values[inside][None], candidate[inside][None], (need - above[cut])[None], count, least if not bool(keep.any()) else 0
+        values[inside][None],
+        candidate[inside][None],
+        (need - above[cut])[None],
+        count,
+        least if not bool(keep.any()) else 0,
     )[0]
     keep[inside] = rest
     return keep

@@ -90,7 +90,9 @@ def _sequence(base: BaseMask, b: int, block_of: BlockOf, rows: tuple[int, int], 
     real = (rank >= 0) & (index < filled_keys(base))
     if base.valid is not None:
         real = real & line(base.valid, keys)
-    place = torch.where(rank >= 0, block_of(rank.clamp(min=0)), -1)  # also of padding on the right: its rows need a block
+    place = torch.where(
+        rank >= 0, block_of(rank.clamp(min=0)), -1
+    )  # also of padding on the right: its rows need a block
     block = torch.where(real, place, -1)
     count = int(block.max()) + 1 if block.numel() else 0
     order = torch.where(real, block, count).argsort(stable=True)[: int(real.sum())]
@@ -154,7 +156,12 @@ def own_memberships(part: Sequence, b: int, heads: int, kv_heads: int, q_len: in
     q_index = ((b * heads + head)[:, None] * q_len + part.first_row + order).flatten()
     kv = (b * kv_heads + head // (heads // kv_heads)) * kv_len + part.first_key
     return _with_keys(
-        part, q_index, sizes.repeat(heads), block.repeat(heads), kv.repeat_interleave(block.shape[0]), seen.repeat(heads)
+        part,
+        q_index,
+        sizes.repeat(heads),
+        block.repeat(heads),
+        kv.repeat_interleave(block.shape[0]),
+        seen.repeat(heads),
     )
 
 

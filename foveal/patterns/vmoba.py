@@ -131,7 +131,7 @@ class VMoBA(Pattern):
             raise ConfigError(
                 f"VMoBA.blocks has the shape {shape}, larger than the grid {tuple(grid)}; expected sizes within it, 0 for a whole axis."
             )
-        several = sum(0 < s for s in shape) > 1
+        several = sum(s > 0 for s in shape) > 1
         if self.literal and several and any(s and g % s for s, g in zip(shape, grid, strict=True)):
             raise ConfigError(
                 f"VMoBA.blocks has the shape {shape}, which does not divide the grid {tuple(grid)}, and literal is true; "
@@ -193,7 +193,9 @@ class VMoBA(Pattern):
         span = torch.where(span > 1e-6, span, 1.0)
         share = torch.where(valid, (gate - low) / span, 0.0)
         if count:
-            return smallest_prefix(share, candidate, (count - 1) * own.sum(1), count=True)  # every row has one own block
+            return smallest_prefix(
+                share, candidate, (count - 1) * own.sum(1), count=True
+            )  # every row has one own block
         total = share.sum(1, dtype=torch.float64)
         need = (self.threshold * total - torch.where(own, share, 0.0).sum(1, dtype=torch.float64)).clamp(min=0)
         return smallest_prefix(share, candidate, need, least=0 if self.strict else 1)
