@@ -171,7 +171,9 @@ def test_three_patterns_round_trip_and_boxes_are_boxes():
     for shape in SHAPES:
         number = block_of(rank, shape, GRID)
         order = number.argsort(stable=True)
-        assert torch.equal(order[order.argsort()].sort().values, rank) and torch.equal(number[order], number.sort().values)
+        assert torch.equal(order[order.argsort()].sort().values, rank) and torch.equal(
+            number[order], number.sort().values
+        )
         sizes = [s or g for s, g in zip(shape, GRID, strict=True)]
         assert int(number.max()) + 1 == torch.tensor([-(-g // s) for g, s in zip(GRID, sizes, strict=True)]).prod()
         for c in number.unique():
@@ -224,7 +226,11 @@ def test_large_pools_choose_as_small_ones(monkeypatch):
 def test_smallest_prefix_by_histogram_equals_sorting(monkeypatch, count):
     g = torch.Generator().manual_seed(0)
     for _ in range(60):
-        values = (torch.rand(3, 200, generator=g) * 7).round() / 7 if torch.rand(1, generator=g) < 0.5 else torch.rand(3, 200, generator=g)
+        values = (
+            (torch.rand(3, 200, generator=g) * 7).round() / 7
+            if torch.rand(1, generator=g) < 0.5
+            else torch.rand(3, 200, generator=g)
+        )
         candidate = torch.rand(3, 200, generator=g) < torch.rand(1, generator=g)
         need = torch.rand(3, generator=g) * 120 * (torch.rand(3, generator=g) < 0.8)
         need = need.long() if count else need
@@ -293,7 +299,9 @@ def test_packed_batch_equals_separate_calls(scope):
     for s in range(3):
         part = slice(32 * s, 32 * s + 32)
         assert torch.equal(packed[:, :, part, part], pairs(pattern, q[:, :, part], k[:, :, part]))
-    assert int(packed.sum()) == sum(int(packed[:, :, 32 * s : 32 * s + n, 32 * s : 32 * s + n].sum()) for s, n in enumerate(lengths))
+    assert int(packed.sum()) == sum(
+        int(packed[:, :, 32 * s : 32 * s + n, 32 * s : 32 * s + n].sum()) for s, n in enumerate(lengths)
+    )
 
 
 def test_literal_sequences_of_a_batch_compete_with_each_other():
