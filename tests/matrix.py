@@ -20,6 +20,7 @@ from foveal.patterns import (
     BlockTopK,
     Dense,
     MoBA,
+    Neighborhood,
     Pattern,
     Reuse,
     SlidingWindow,
@@ -78,6 +79,19 @@ def near_blocks(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, s
 def triangle(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int, rows: int) -> np.ndarray:
     """The definition of a triangle: as ``near``, but the last rows of the call see everything."""
     return (i >= host.q_len - rows) | near(host, b, i, j, window, sinks)
+
+
+def neighbors(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, stride: int, causal: bool) -> np.ndarray:
+    """The definition of a neighborhood on one axis that ends with the last query's key (causal hosts) or the last key."""
+    own, length = host.first + i, host.first + host.q_len if host.causal else host.kv_len
+    window = min(window, length)
+    stride = min(stride, window)
+    leader = own // stride * stride + (stride - 1 if causal else stride // 2)
+    leader = np.minimum(leader, length - 1)
+    if causal:
+        return (leader - window < j) & (j <= own)
+    start = np.clip(leader - window // 2, 0, length - window)
+    return (start <= j) & (j < start + window)
 
 
 def dhsa(variant: Any, budget: Budget = Budget(tokens=60), refuses: frozenset[str] = frozenset(), **fields: Any) -> Row:
@@ -173,6 +187,34 @@ PATTERNS: dict[str, Row] = {
         Triangle(window=1, sinks=0, dense_rows=1 << 20),
         lambda host, b, i, j: triangle(host, b, i, j, 24, 5, 16),
         wrong=(("window", 0), ("sinks", -1), ("dense_rows", -1)),
+    ),
+    "neighborhood": Row(
+        Neighborhood((-1,), window=20),
+        Neighborhood((-1,), window=1 << 20),
+        lambda host, b, i, j: neighbors(host, b, i, j, 20, 1, False),
+        refuses=frozenset({"cross"}),
+        wrong=(
+            ("window", 0),
+            ("stride", 0),
+            ("stride", 21),
+            ("dilation", 0),
+            ("extra", -1),
+            ("grid", (0,)),
+            ("q_tile", (0,)),
+            ("kv_tile", (8,)),
+        ),
+    ),
+    "neighborhood-strided": Row(
+        Neighborhood((-1,), window=33, stride=12),
+        Neighborhood((-1,), window=1 << 20, stride=12),
+        lambda host, b, i, j: neighbors(host, b, i, j, 33, 12, False),
+        refuses=frozenset({"cross"}),
+    ),
+    "neighborhood-causal": Row(
+        Neighborhood((-1,), window=20, causal=True),
+        Neighborhood((-1,), window=1 << 20),
+        lambda host, b, i, j: neighbors(host, b, i, j, 20, 1, True),
+        refuses=frozenset({"cross"}),
     ),
     "block_topk-tokens": Row(
         BlockTopK(Budget(tokens=80), q_block=16, kv_block=16, sinks=3, local=5),

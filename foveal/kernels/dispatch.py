@@ -15,7 +15,7 @@ from ..core.base_mask import BaseMask
 from ..core.context import SelectContext
 from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..core.layouts import BlockMask, Groups, KeySelection, Layout
-from . import flex, gather, reference, sdpa
+from . import flex, gather, native, reference, sdpa
 from .call import AttentionCall
 from .merge import add_sink
 
@@ -56,7 +56,9 @@ class Explanation:
 @functools.cache
 def missing(impl: str) -> str | None:
     """Why an implementation is not available on this machine at all, or None."""
-    if impl in ("native", "triton"):
+    if impl == "native":
+        return native.unavailable()
+    if impl == "triton":
         try:
             importlib.import_module(f"foveal.kernels.{impl}")
         except ImportError:
@@ -67,7 +69,7 @@ def missing(impl: str) -> str | None:
 
 
 def _module(impl: str) -> Any:
-    known = {"reference": reference, "gather": gather, "sdpa": sdpa, "flex": flex}
+    known = {"reference": reference, "gather": gather, "sdpa": sdpa, "native": native, "flex": flex}
     return known[impl] if impl in known else importlib.import_module(f"foveal.kernels.{impl}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.layouts import BlockMask, Groups, KeySelection
 from .block_plan import block_plan
 from .call import AttentionCall, compute_dtype
-from .group_plan import group_plan
+from .group_plan import direct_plan, group_plan
 from .list_plan import list_plan, one_row
 from .merged import attend_merged
 from .ragged import Plan, Scores, attend_rows
@@ -84,6 +84,10 @@ def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
 def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     """One softmax over all groups of a query, or the mean of one softmax for each."""
     batch, heads, q_len = call.q.shape[:3]
+    direct = direct_plan(call, layout, _budget(call.q.device))
+    if direct is not None:
+        out, lse = attend_rows(_flat(call.q), _flat(call.k), _flat(call.v), direct, _scores(call), call.bias)
+        return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
     owner, plan = group_plan(call, layout, _budget(call.q.device))
     total = batch * heads * q_len
     spare = call.q.new_zeros(
