@@ -83,6 +83,20 @@ def test_neighborhood_picture(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_patterns_dynamic(tmp_path: Path) -> None:
+    data = script(
+        "patterns_dynamic.py", tmp_path / "r.json", "--lengths", "512", "--memory-length", "512", "--repeats", "1"
+    )
+    rows = data["lengths"]["512"]
+    assert {"moba", "vmoba", "xattention", "reuse", "token_topk", "sdpa causal", "sdpa full", "sdpa one token"} <= set(
+        rows
+    )
+    row = rows["vmoba"]
+    assert row["target"] == pytest.approx(0.6 / row["tile_density"], rel=1e-3)
+    assert row["selection_share"] > 0 and rows["reuse"]["density"] == rows["block_topk"]["density"] < 1
+    assert data["memory"].keys() == rows.keys() - {"reuse", "sdpa causal", "sdpa full", "sdpa one token"}
+
+
 def test_decode(tmp_path: Path) -> None:
     data = script("decode.py", tmp_path / "r.json", "--length", "128", "--keys", "16", "--repeats", "2")
     assert data["decode"].keys() == {"float32", "bfloat16"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from foveal import patterns
 from foveal.core import density
 from foveal.core.errors import UnsupportedError
-from foveal.core.layouts import BlockMask, Layout
+from foveal.core.layouts import BlockMask, KeySelection, Layout
 from foveal.kernels import flex
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.dispatch import refusals
@@ -171,7 +171,10 @@ def test_grouped_heads_equal_repeated_keys(row: Row) -> None:
     layout, _ = select(row, row.pattern, q, k, host)
     out = run(q, k, v, layout, host)[0]
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    if not isinstance(layout, (BlockMask, type(None))):
+    if row.per_group:
+        assert isinstance(layout, KeySelection) and layout.index.shape[1] == 3
+        layout = KeySelection(layout.index.repeat_interleave(2, 1), layout.block_size)
+    elif not isinstance(layout, (BlockMask, type(None))):
         layout, _ = select(row, row.pattern, q, k, host)
     assert_close(run(q, k, v, layout, host)[0], out)
 
