@@ -14,6 +14,7 @@ from foveal.core.errors import ConfigError
 from foveal.core.layouts import Groups
 from foveal.patterns import Pattern
 from foveal.patterns.picture import cells, draw, example_tensors
+from foveal.patterns.reuse import Reuse
 
 from ..matrix import PATTERNS
 from ..support import Host, listed
@@ -45,7 +46,7 @@ def brute(pattern: Pattern, causal: bool) -> Tensor:
     return kept & torch.from_numpy(host.dense())
 
 
-DRAWN = [name for name, row in PATTERNS.items() if "earlier" not in row.pattern.needs]
+DRAWN = [name for name, row in PATTERNS.items() if not isinstance(row.pattern, Reuse)]
 """Patterns that choose by themselves."""
 
 
@@ -77,4 +78,4 @@ def test_examples_depend_on_the_seed_alone() -> None:
 
 def test_a_pattern_that_needs_an_earlier_layer_says_so() -> None:
     with pytest.raises(ConfigError, match="no earlier layer"):
-        draw(PATTERNS["reuse"].pattern, TOKENS, rows=TOKENS, columns=TOKENS)
+        draw(Reuse(), TOKENS, rows=TOKENS, columns=TOKENS)
