@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import math
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,18 +41,40 @@ def direct_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan | None
     """The plan over q itself when no query is in two groups, groups come in few sizes and every pair of a group is allowed.
 
     Nothing is copied, padded, masked or merged then: windows of a token grid, packed documents of few lengths. None otherwise.
+    Where the rows lie is remembered for as long as the layout lives.
     """
-    n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
     if call.bias is not None or not call.base.plain or call.base.causal or layout.q_index.numel() == 0:
         return None
-    sizes = torch.unique(torch.stack([n_q, n_k], -1), dim=0)
-    if sizes.shape[0] > FEW_SIZES or int(torch.bincount(layout.q_index).max()) > 1:
+    sizes = (call.q.shape[1], call.k.shape[1], call.base.q_len, call.base.kv_len)
+    known = _direct.setdefault(layout, {})
+    if sizes not in known:
+        known[sizes] = _direct_rows(layout, *sizes)
+    found = known[sizes]
+    if found is None:
         return None
-    q_unit = _unit(layout.q_index, sizes[:, 0], call.base.q_len)
-    k_unit = _unit(layout.k_index, sizes[:, 1], call.base.kv_len)
-    copies = 1 if layout.per_head else call.q.shape[1]
-    batches = functools.partial(_direct_batches, call, layout, budget, sizes.tolist(), q_unit, k_unit)
-    return Plan(batches, q_unit, k_unit, key_reads=layout.k_index.numel() * copies)
+
+    def batches() -> Iterator[Batch]:
+        for q_rows, k_rows in found.rows:
+            elements = q_rows.shape[1] * found.q_unit * k_rows.shape[1] * found.k_unit
+            for part in split_rows(q_rows.shape[0], elements, budget):
+                yield Batch(q_rows[part], k_rows[part])
+
+    reads = sum(k_rows.numel() for _, k_rows in found.rows) * found.k_unit
+    written = sum(q_rows.numel() for q_rows, _ in found.rows) * found.q_unit
+    covers = written == math.prod(call.q.shape[:3])
+    return Plan(batches, found.q_unit, found.k_unit, key_reads=reads, covers=covers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Per group size ``(heads · groups, units)`` rows of the flattened q and k, in units."""
+
+    q_unit: int
+    k_unit: int
+    rows: list[tuple[Tensor, Tensor]]
+
+
+_direct: weakref.WeakKeyDictionary[Groups, dict[tuple[int, ...], _Rows | None]] = weakref.WeakKeyDictionary()
 
 
 def _unit(index: Tensor, sizes: Tensor, length: int) -> int:
@@ -64,32 +88,33 @@ def _unit(index: Tensor, sizes: Tensor, length: int) -> int:
     return 1
 
 
-def _direct_batches(
-    call: AttentionCall, layout: Groups, budget: int, sizes: list[list[int]], q_unit: int, k_unit: int
-) -> Iterator[Batch]:
-    device, heads, kv_heads = call.q.device, call.q.shape[1], call.k.shape[1]
+def _direct_rows(layout: Groups, heads: int, kv_heads: int, q_len: int, kv_len: int) -> _Rows | None:
     n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
-    h = torch.zeros(1, dtype=torch.long) if layout.per_head else torch.arange(heads)
-    h = h.to(device)[:, None, None]
+    sizes = torch.unique(torch.stack([n_q, n_k], -1), dim=0)
+    if sizes.shape[0] > FEW_SIZES or int(torch.bincount(layout.q_index).max()) > 1:
+        return None
+    q_unit, k_unit = _unit(layout.q_index, sizes[:, 0], q_len), _unit(layout.k_index, sizes[:, 1], kv_len)
+    device = layout.q_index.device
+    h = torch.arange(1 if layout.per_head else heads, device=device)[:, None, None]
 
     def rows(index: Tensor, unit: int, length: int, of: Tensor, count: int) -> Tensor:
-        """``(heads · groups, units)`` rows of the flattened tensors."""
         units = torch.div(index[:, ::unit], unit, rounding_mode="floor")[None]
         if layout.per_head:
             return units[0]
-        per, first = length // unit, torch.div(units[..., :1], length // unit, rounding_mode="floor")
-        return (units + (first * (count - 1) + of) * per).flatten(0, 1)
+        per = length // unit
+        batch = torch.div(units[..., :1], per, rounding_mode="floor")
+        return (units + (batch * (count - 1) + of) * per).flatten(0, 1)
 
-    for m, w in sizes:
+    found = []
+    for m, w in sizes.tolist():
         if m == 0 or w == 0:
             continue
         live = ((n_q == m) & (n_k == w)).nonzero()[:, 0]
         q = layout.q_index[layout.cu_q[live, None] + torch.arange(m, device=device)]
         k = layout.k_index[layout.cu_k[live, None] + torch.arange(w, device=device)]
-        q_rows = rows(q, q_unit, call.base.q_len, h, heads)
-        k_rows = rows(k, k_unit, call.base.kv_len, torch.div(h, call.groups, rounding_mode="floor"), kv_heads)
-        for part in split_rows(q_rows.shape[0], m * w, budget):
-            yield Batch(q_rows[part], k_rows[part])
+        of = torch.div(h, heads // kv_heads, rounding_mode="floor")
+        found.append((rows(q, q_unit, q_len, h, heads), rows(k, k_unit, kv_len, of, kv_heads)))
+    return _Rows(q_unit, k_unit, found)
 
 
 def _rounded(n: Tensor) -> Tensor:

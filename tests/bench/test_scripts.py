@@ -64,6 +64,25 @@ def test_gather_memory(tmp_path: Path) -> None:
     assert data["targets"]["times_q_k_v"]["reached"] == worst
 
 
+def test_neighborhood_speed(tmp_path: Path) -> None:
+    cases = ("2d_64x64_w16_s8", "1d_8192_w512_s1")
+    out = tmp_path / "r.json"
+    data = script("neighborhood_speed.py", out, "--scale", "0.25", "--repeats", "1", "--cases", "1d_8192_w512_s1")
+    assert data["cases"].keys() == {"1d_8192_w512_s1"} and data["targets"] == {}
+    data = script("neighborhood_speed.py", out, "--scale", "0.5", "--repeats", "1", "--cases", cases[0])
+    row = data["cases"][cases[0]]
+    assert row["ways"].keys() == {"rows", "tiles", "ordered", "blocks"}
+    for way in row["ways"].values():
+        assert way["error"] < 1e-5 and way["density"] == 1 / 16 and way["tile_density"] >= way["density"]
+    assert data["targets"]["forward_over_sdpa"]["reached"] == row["forward"]["rows"]["times_faster_than_sdpa"]["median"]
+
+
+def test_neighborhood_picture(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "neighborhood_picture.py"), "--out", str(tmp_path / "p.png")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
 def test_patterns_dynamic(tmp_path: Path) -> None:
     data = script(
         "patterns_dynamic.py", tmp_path / "r.json", "--lengths", "512", "--memory-length", "512", "--repeats", "1"

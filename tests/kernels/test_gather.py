@@ -9,8 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import foveal
-from foveal.core.base_mask import FULL
-from foveal.core.layouts import block_mask
+from foveal.core.base_mask import FULL, BaseMask
+from foveal.core.layouts import Groups, block_mask
+from foveal.kernels.call import AttentionCall
+from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
 
 from ..strategies import Call
@@ -105,3 +107,37 @@ def test_peak_memory_is_below_ten_times_the_inputs(mask: SlidingWindow | None, b
     assert peak >= out.numel() * 4, "the profiler saw no allocation"
     assert peak <= 10 * inputs, f"peak {peak / 1e6:.0f} MB for {inputs / 1e6:.0f} MB of q, k and v"
     assert peak < scores / 2
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("run", [1, 4])
+def test_disjoint_groups_are_read_where_they_are(per_head: bool, run: int) -> None:
+    batch, heads, kv_heads, length = 2, 4, 2, 48
+    owners = batch * heads if per_head else batch
+    q_all, k_all = [], []
+    make = torch.Generator().manual_seed(run)
+    for owner in range(owners):
+        order = torch.randperm(length // run, generator=make)[:, None] * run + torch.arange(run)
+        q_all += [owner * length + part.reshape(-1) for part in order.split([4 // run, 8 // run, 36 // run])[:2]]
+        base = owner // (heads // kv_heads) if per_head else owner
+        for count in (8, 20):
+            rows = torch.randperm(length // run, generator=make)[: count // run, None] * run + torch.arange(run)
+            k_all.append(base * length + rows.reshape(-1))
+    ends = [torch.tensor([0, *(part.numel() for part in parts)]).cumsum(0) for parts in (q_all, k_all)]
+    groups = Groups(torch.cat(q_all), ends[0], torch.cat(k_all), ends[1], per_head)
+    q, k, v = (
+        torch.randn(batch, h, length, 6, dtype=torch.float64).requires_grad_() for h in (heads, kv_heads, kv_heads)
+    )
+    base_mask = BaseMask.build(length, length, causal=False)
+    plan = direct_plan(AttentionCall(q, k, v, groups, base_mask, 1.0), groups, 1 << 12)
+    assert plan is not None and (plan.q_unit, plan.k_unit) == (run, run)
+    out, expected = (foveal.attention(q, k, v, groups, impl=impl) for impl in ("gather", "reference"))
+    assert_close(out, expected)
+    assert int((out == 0).all(-1).sum()) == batch * heads * (length - 12), "queries of no group see nothing"
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected)), strict=True):
+        assert_close(a, b)
+    assert (
+        direct_plan(AttentionCall(q, k, v, groups, BaseMask.build(length, length, causal=True), 1.0), groups, 99)
+        is None
+    )
