@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import foveal
 from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.layouts import Groups, block_mask
+from foveal.kernels import gather
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
@@ -141,3 +144,29 @@ def test_disjoint_groups_are_read_where_they_are(per_head: bool, run: int) -> No
         direct_plan(AttentionCall(q, k, v, groups, BaseMask.build(length, length, causal=True), 1.0), groups, 99)
         is None
     )
+
+
+@pytest.mark.parametrize("combine", ["softmax", "mean"])
+def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, combine: Any) -> None:
+    """Groups of up to 300 queries in pieces of 64, and queries in several pieces of one batch: as the reference."""
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 300, 5, generator=make, dtype=torch.float64) for h in (4, 2, 2))
+    sets = [(torch.arange(300), 7), (torch.arange(0, 300, 2), 50), (torch.arange(130), 50), (torch.tensor([299]), 300)]
+    q_index = torch.cat([rows for rows, _ in sets])
+    k_index = torch.cat([torch.randperm(300, generator=make)[:n] for _, n in sets])
+    cu_q = torch.tensor([0, *(len(rows) for rows, _ in sets)]).cumsum(0)
+    cu_k = torch.tensor([0, *(n for _, n in sets)]).cumsum(0)
+    layout = Groups(q_index, cu_q, k_index, cu_k, combine=combine)
+    weight = torch.randn(q.shape, generator=make, dtype=torch.float64)
+
+    def solve(impl: str) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = foveal.attention(*leaves, layout, causal=True, impl=impl, return_lse=True)
+        seen = lse > -torch.inf
+        loss = (out * weight).sum() + lse[seen].sum()
+        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+    want = solve("reference")
+    monkeypatch.setattr(gather, "CPU_SCORES", 64)
+    for a, b in zip(solve("gather"), want, strict=True):
+        assert_close(a, b)
