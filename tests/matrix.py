@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from foveal.core.budget import Budget
-from foveal.patterns import DHSA, BlockTopK, Dense, Pattern, SlidingWindow, Triangle
+from foveal.patterns import DHSA, BlockTopK, Dense, Disc, FrameBand, Pattern, SlidingWindow, SparseD, Triangle
 
 from .support import Host
 
@@ -55,6 +55,20 @@ def triangle(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sink
     return (i >= host.q_len - rows) | near(host, b, i, j, window, sinks)
 
 
+def disc(host: Host, b: int, i: np.ndarray, j: np.ndarray, radius: int, width: int, text: int) -> np.ndarray:
+    """The definition of a disc on a row-major image after ``text`` tokens."""
+    own = host.first + i
+    (yq, xq), (yk, xk) = (np.divmod(p - text, width) for p in (own, j))
+    return (own < text) | (j < text) | ((yq - yk) ** 2 + (xq - xk) ** 2 < radius**2)
+
+
+def band(host: Host, b: int, i: np.ndarray, j: np.ndarray, keep: float, text: int) -> np.ndarray:
+    """The definition of a band in one frame that ends with the last query's key (causal hosts) or the last key."""
+    own, length = host.first + i, host.first + host.q_len if host.causal else host.kv_len
+    half = int(keep * (length - text)) // 2
+    return (own < text) | (j < text) | (abs(own - j) <= half)
+
+
 def dhsa(variant: Any, budget: Budget = Budget(tokens=60), refuses: frozenset[str] = frozenset(), **fields: Any) -> Row:
     """A row of the DHSA family in small blocks."""
     few = DHSA(budget=budget, variant=variant, q_block=16, kv_block=8, **fields)
@@ -93,6 +107,37 @@ PATTERNS: dict[str, Row] = {
         Triangle(window=1, sinks=0, dense_rows=1 << 20),
         lambda host, b, i, j: triangle(host, b, i, j, 24, 5, 16),
         wrong=(("window", 0), ("sinks", -1), ("dense_rows", -1)),
+    ),
+    "disc": Row(
+        Disc(radius=4, grid=(-1, 12), text=5),
+        Disc(radius=1 << 20, grid=(-1, 12)),
+        lambda host, b, i, j: disc(host, b, i, j, 4, 12, 5),
+        refuses=frozenset({"cross"}),
+        wrong=(("radius", 0), ("radius", -1), ("text", -1), ("grid", (0, 4)), ("grid", (4, 0)), ("tile", (0, 1))),
+    ),
+    "disc-1": Row(
+        Disc(radius=1, grid=(-1, 200)),
+        Disc(radius=1, grid=(-1, 3), text=1 << 20),
+        lambda host, b, i, j: disc(host, b, i, j, 1, 200, 0),
+        refuses=frozenset({"cross"}),
+    ),
+    "frame_band": Row(
+        FrameBand(keep=0.3),
+        FrameBand(keep=2.0),
+        lambda host, b, i, j: band(host, b, i, j, 0.3, 0),
+        refuses=frozenset({"cross"}),
+        wrong=(("keep", 0.0), ("keep", 2.5), ("frames", 0), ("text", -1)),
+    ),
+    "sparsed": Row(
+        SparseD(keep=0.3, generated=40, block=16),
+        SparseD(keep=1.0, generated=40, block=16),
+        block=16,
+        wrong=(("keep", -0.1), ("keep", 1.1), ("skip", 1.5), ("steps", 0), ("block", 0), ("generated", -1)),
+    ),
+    "sparsed-code": Row(
+        SparseD(keep=0.2, generated=40, block=8, selection="code", literal=True),
+        SparseD(keep=1.0, generated=40, block=8, selection="code", literal=True),
+        block=8,
     ),
     "block_topk-tokens": Row(
         BlockTopK(Budget(tokens=80), q_block=16, kv_block=16, sinks=3, local=5),

@@ -21,8 +21,8 @@ from .call import AttentionCall, relative_index
 from .ragged import Batch, Plan, split_rows
 
 DENSE_BLOCK = 128
-TABLE_TILES = 4
-"""Cut tiles kept evaluated, per tile row of the call; beyond that they are evaluated batch by batch."""
+TABLE_KEYS = 4096
+"""Keys in cut tiles kept evaluated, per tile row of the call; beyond that they are evaluated batch by batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ def _cut(
     used = used if reads_head else used.any(1, keepdim=True)
     where = used.nonzero()
     total = where.shape[0]
-    if total > TABLE_TILES * call.q.shape[0] * active.shape[2]:
+    if total * size[1] > TABLE_KEYS * call.q.shape[0] * active.shape[2]:
         return _Cut(mod, active, reads_head)
     number = torch.full(used.shape, total, dtype=torch.int32, device=active.device)
     number[used] = torch.arange(total, dtype=torch.int32, device=active.device)
