@@ -30,8 +30,8 @@ lint: $(READY) ## style and types
 docs: $(READY) ## write the pages and tables that are generated from the paper cards
 	$(BIN)/python -m foveal.papers.tables
 
-bench: $(READY) ## run benchmarks/*.py (not *_gpu.py) one after the other; each writes benchmarks/results
-	@set -e; for script in $(filter-out %_gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
+bench: $(READY) ## run benchmarks/*.py (not *_gpu.py, not train_*.py) one after the other; each writes benchmarks/results
+	@set -e; for script in $(filter-out %_gpu.py benchmarks/train_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
 
 test-gpu: ## tests that need a CUDA GPU, with this machine's own python3, torch and pytest
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu

@@ -20,7 +20,9 @@ _LAZY = {
     "Policy": "foveal.policies",
     "FovealError": "foveal.core.errors",
 }
-_MODULES = {"bench", "core", "data", "hf", "kernels", "lens", "papers", "patterns", "policies", "tune"}
+_MODULES = {
+    "bench", "core", "data", "hf", "kernels", "layers", "lens", "models", "papers", "patterns", "policies", "recipes", "tune",
+}  # fmt: skip
 
 __all__ = ["FovealError", "Policy", "__version__", "attach", "attention", "explain", "merge"]
 

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from foveal.core.budget import Budget
-from foveal.patterns import DHSA, BlockTopK, Dense, Disc, FrameBand, Pattern, SlidingWindow, SparseD, Triangle
+from foveal.patterns import (
+    DHSA,
+    BlockTopK,
+    Dense,
+    Disc,
+    FrameBand,
+    Neighborhood,
+    Pattern,
+    SlidingWindow,
+    SparseD,
+    Triangle,
+)
 
 from .support import Host
 
@@ -67,6 +78,19 @@ def band(host: Host, b: int, i: np.ndarray, j: np.ndarray, keep: float, text: in
     own, length = host.first + i, host.first + host.q_len if host.causal else host.kv_len
     half = int(keep * (length - text)) // 2
     return (own < text) | (j < text) | (abs(own - j) <= half)
+
+
+def neighbors(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, stride: int, causal: bool) -> np.ndarray:
+    """The definition of a neighborhood on one axis that ends with the last query's key (causal hosts) or the last key."""
+    own, length = host.first + i, host.first + host.q_len if host.causal else host.kv_len
+    window = min(window, length)
+    stride = min(stride, window)
+    leader = own // stride * stride + (stride - 1 if causal else stride // 2)
+    leader = np.minimum(leader, length - 1)
+    if causal:
+        return (leader - window < j) & (j <= own)
+    start = np.clip(leader - window // 2, 0, length - window)
+    return (start <= j) & (j < start + window)
 
 
 def dhsa(variant: Any, budget: Budget = Budget(tokens=60), refuses: frozenset[str] = frozenset(), **fields: Any) -> Row:
@@ -138,6 +162,34 @@ PATTERNS: dict[str, Row] = {
         SparseD(keep=0.2, generated=40, block=8, selection="code", literal=True),
         SparseD(keep=1.0, generated=40, block=8, selection="code", literal=True),
         block=8,
+    ),
+    "neighborhood": Row(
+        Neighborhood((-1,), window=20),
+        Neighborhood((-1,), window=1 << 20),
+        lambda host, b, i, j: neighbors(host, b, i, j, 20, 1, False),
+        refuses=frozenset({"cross"}),
+        wrong=(
+            ("window", 0),
+            ("stride", 0),
+            ("stride", 21),
+            ("dilation", 0),
+            ("extra", -1),
+            ("grid", (0,)),
+            ("q_tile", (0,)),
+            ("kv_tile", (8,)),
+        ),
+    ),
+    "neighborhood-strided": Row(
+        Neighborhood((-1,), window=33, stride=12),
+        Neighborhood((-1,), window=1 << 20, stride=12),
+        lambda host, b, i, j: neighbors(host, b, i, j, 33, 12, False),
+        refuses=frozenset({"cross"}),
+    ),
+    "neighborhood-causal": Row(
+        Neighborhood((-1,), window=20, causal=True),
+        Neighborhood((-1,), window=1 << 20),
+        lambda host, b, i, j: neighbors(host, b, i, j, 20, 1, True),
+        refuses=frozenset({"cross"}),
     ),
     "block_topk-tokens": Row(
         BlockTopK(Budget(tokens=80), q_block=16, kv_block=16, sinks=3, local=5),

@@ -60,6 +60,8 @@ def generate(
     """
     import foveal
 
+    from ..hf.growing import growing_cache
+
     model: Any = loaded.model
     given = torch.tensor([ids], device=model.device)
     config = copy.deepcopy(model.generation_config or GenerationConfig.from_model_config(model.config))
@@ -79,6 +81,7 @@ def generate(
         out = model.generate(
             given,
             attention_mask=torch.ones_like(given),
+            past_key_values=growing_cache(model),
             generation_config=config,
             streamer=clock,
             logits_processor=LogitsProcessorList([Finite()]),

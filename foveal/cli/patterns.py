@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +18,12 @@ if TYPE_CHECKING:
 
     from ..patterns import Pattern
 
-_EXAMPLES = {"int": 1024, "Budget": {"density": 0.125}}
+_EXAMPLES = {
+    "int": 1024,
+    "Budget": {"density": 0.125},
+    "tuple[int, ...] | None": [64, 64],
+    "int | tuple[int, ...]": 16,
+}
 """Values for required fields, by declared type."""
 
 
@@ -24,21 +31,114 @@ def patterns(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[show NAME]", help="One pattern to show in full; without it, all.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Draw it with this field, as JSON: window=64, budget.density=0.1."
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Draw what it keeps of so many tokens.")] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Token grid, such as 16x16 or 8x16x16; its size is the number of tokens."),
+    ] = None,
+    query: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="Also draw one query's keys on the grid: 8,8; default its middle."),
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Heads to draw.")] = 1,
+    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="No causal mask.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the example queries and keys.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the picture to this .png or .html.")] = None,
 ) -> None:
-    """List the attention patterns, or show one: its fields, their defaults, and how to write it in policy.json."""
+    """List the attention patterns, or show one: its fields, how to write it in policy.json, and a picture of what it keeps.
+
+    A picture is drawn when --tokens or --grid is given. Patterns that read content are shown on example queries and keys.
+    """
     from ..core.registry import lookup
     from ..patterns import names
     from .guard import output
 
     words = words or []
-    if not words:
+    if not words and not (settings or tokens or grid or out):
         output().print(render_names(names()))
-    elif words[0] == "show" and len(words) == 2:
-        output().print(render_pattern(lookup("pattern", words[1])))
-    else:
+        return
+    if len(words) != 2 or words[0] != "show":
         raise typer.BadParameter(
-            "expected nothing, or show and one name, for example: foveal patterns show sliding_window"
+            "expected nothing, or show and one name, for example: foveal patterns show sliding_window --tokens 64"
         )
+    cls = lookup("pattern", words[1])
+    if not (settings or tokens or grid or out):
+        output().print(render_pattern(cls))
+        return
+    _draw(cls, settings or [], tokens, grid, query, heads, not bidirectional, seed, out)
+
+
+def _draw(
+    cls: type[Pattern],
+    settings: list[str],
+    tokens: int | None,
+    grid: str | None,
+    query: str | None,
+    heads: int,
+    causal: bool,
+    seed: int,
+    out: Path | None,
+) -> None:
+    from ..patterns.picture import cells, draw
+    from .draw import DENSE_VIEW, FIGURE_CELLS, HIGH, WIDE, read_settings, terminal, write
+    from .guard import output
+
+    pattern = cls.from_json({**example(cls), **read_settings(settings)}, "--set")
+    shape = None if grid is None else _numbers("--grid", grid, "x", "16x16")
+    if shape is None:
+        count = DENSE_VIEW if tokens is None else tokens
+    else:
+        count = math.prod(shape) if tokens is None else tokens
+        if count < math.prod(shape):
+            raise typer.BadParameter(
+                f"--tokens is {count} and --grid {grid} has {math.prod(shape)}; expected at least as many tokens."
+            )
+    place = _place(shape, query)
+    dense = count <= DENSE_VIEW
+    rows, columns = (
+        (cells(count, FIGURE_CELLS),) * 2 if out is not None else (count if dense else HIGH, count if dense else WIDE)
+    )
+    got = draw(
+        pattern, count, rows=rows, columns=columns, causal=causal, heads=heads, grid=shape, query=place, seed=seed
+    )
+    if out is None:
+        output().print(terminal(pattern, got, count, shape))
+    else:
+        write(out, pattern, got, count, shape)
+        typer.echo(out)
+
+
+def _numbers(option: str, text: str, sign: str, example: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.lower().split(sign))
+    except ValueError:
+        found = ()
+    if not found or min(found) < (1 if sign == "x" else 0):
+        raise typer.BadParameter(f"{option} is {text!r}; expected whole numbers such as {example}.")
+    return found
+
+
+def _place(shape: tuple[int, ...] | None, query: str | None) -> int | None:
+    """Row of the chosen query on the grid."""
+    if shape is None:
+        if query is not None:
+            raise typer.BadParameter("--query needs a --grid on which the keys can be drawn.")
+        return None
+    at = tuple(n // 2 for n in shape) if query is None else _numbers("--query", query, ",", "8,8")
+    if len(at) != len(shape) or any(x >= n for x, n in zip(at, shape, strict=True)):
+        raise typer.BadParameter(
+            f"--query is {query!r}; expected {len(shape)} numbers inside {'×'.join(map(str, shape))}."
+        )
+    row = 0
+    for x, n in zip(at, shape, strict=True):
+        row = row * n + x
+    return row
 
 
 def render_names(known: dict[str, type[Pattern]]) -> Table:

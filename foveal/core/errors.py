@@ -37,4 +37,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"Did you mean {close[0]!r}?"
     shown = ", ".join(names) if len(names) <= 12 else ", ".join(names[:12]) + ", …"
-    return f"Known names: {shown}." if names else "Nothing is registered."
+    return f"Known names: {shown}." if names else "There are none."

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.layouts import BlockMask, Groups, KeySelection
 from .block_plan import block_plan
 from .call import AttentionCall, compute_dtype
-from .group_plan import group_plan
+from .group_plan import direct_plan, group_plan
 from .list_plan import list_plan, one_row
 from .ragged import Scores, attend_rows
 
@@ -81,6 +81,10 @@ def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
 def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     """Each membership of a query in a group is one row; memberships of one query are then merged or averaged."""
     batch, heads, q_len = call.q.shape[:3]
+    direct = direct_plan(call, layout, _budget(call.q.device))
+    if direct is not None:
+        out, lse = attend_rows(_flat(call.q), _flat(call.k), _flat(call.v), direct, _scores(call), call.bias)
+        return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
     owner, plan = group_plan(call, layout, _budget(call.q.device))
     rows = torch.cat([owner, owner.new_zeros(1)])  # the last row takes what pads a bucket; it sees nothing
     out, lse = attend_rows(_flat(call.q)[rows], _flat(call.k), _flat(call.v), plan, _scores(call), call.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,67 @@ def group_plan(call: AttentionCall, layout: Groups, budget: int) -> tuple[Tensor
     copies = 1 if layout.per_head else heads
     reads = layout.k_index.numel() * copies
     return owner, Plan(lambda: _batches(call, layout, budget), key_reads=reads)
+
+
+FEW_SIZES = 16
+"""Different group sizes up to which groups of one size run together without padding."""
+
+
+def direct_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan | None:
+    """The plan over q itself when no query is in two groups, groups come in few sizes and every pair of a group is allowed.
+
+    Nothing is copied, padded, masked or merged then: windows of a token grid, packed documents of few lengths. None otherwise.
+    """
+    n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
+    if call.bias is not None or not call.base.plain or call.base.causal or layout.q_index.numel() == 0:
+        return None
+    sizes = torch.unique(torch.stack([n_q, n_k], -1), dim=0)
+    if sizes.shape[0] > FEW_SIZES or int(torch.bincount(layout.q_index).max()) > 1:
+        return None
+    q_unit = _unit(layout.q_index, sizes[:, 0], call.base.q_len)
+    k_unit = _unit(layout.k_index, sizes[:, 1], call.base.kv_len)
+    copies = 1 if layout.per_head else call.q.shape[1]
+    batches = functools.partial(_direct_batches, call, layout, budget, sizes.tolist(), q_unit, k_unit)
+    return Plan(batches, q_unit, k_unit, key_reads=layout.k_index.numel() * copies)
+
+
+def _unit(index: Tensor, sizes: Tensor, length: int) -> int:
+    """Most consecutive rows, up to 16, in which all groups can be read: runs that begin at multiples of it."""
+    for unit in (16, 8, 4, 2):
+        if length % unit == 0 and not bool((sizes % unit).any()):
+            runs = index.view(-1, unit)
+            steps = torch.arange(unit, device=index.device)
+            if not bool((runs[:, 0] % unit).any()) and bool((runs == runs[:, :1] + steps).all()):
+                return unit
+    return 1
+
+
+def _direct_batches(
+    call: AttentionCall, layout: Groups, budget: int, sizes: list[list[int]], q_unit: int, k_unit: int
+) -> Iterator[Batch]:
+    device, heads, kv_heads = call.q.device, call.q.shape[1], call.k.shape[1]
+    n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
+    h = torch.zeros(1, dtype=torch.long) if layout.per_head else torch.arange(heads)
+    h = h.to(device)[:, None, None]
+
+    def rows(index: Tensor, unit: int, length: int, of: Tensor, count: int) -> Tensor:
+        """``(heads · groups, units)`` rows of the flattened tensors."""
+        units = torch.div(index[:, ::unit], unit, rounding_mode="floor")[None]
+        if layout.per_head:
+            return units[0]
+        per, first = length // unit, torch.div(units[..., :1], length // unit, rounding_mode="floor")
+        return (units + (first * (count - 1) + of) * per).flatten(0, 1)
+
+    for m, w in sizes:
+        if m == 0 or w == 0:
+            continue
+        live = ((n_q == m) & (n_k == w)).nonzero()[:, 0]
+        q = layout.q_index[layout.cu_q[live, None] + torch.arange(m, device=device)]
+        k = layout.k_index[layout.cu_k[live, None] + torch.arange(w, device=device)]
+        q_rows = rows(q, q_unit, call.base.q_len, h, heads)
+        k_rows = rows(k, k_unit, call.base.kv_len, torch.div(h, call.groups, rounding_mode="floor"), kv_heads)
+        for part in split_rows(q_rows.shape[0], m * w, budget):
+            yield Batch(q_rows[part], k_rows[part])
 
 
 def _rounded(n: Tensor) -> Tensor:

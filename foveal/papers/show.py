@@ -11,7 +11,7 @@ from rich.text import Text
 
 from foveal.papers.cards import Card, ClaimState
 
-_STATE_STYLE = {
+STATE_STYLE = {
     ClaimState.REPRODUCED: "green",
     ClaimState.DIRECTION_HOLDS: "yellow",
     ClaimState.NOT_REPRODUCED: "red",
@@ -69,7 +69,7 @@ def render_card(card: Card) -> Group:
     for claim in card.claims:
         state = claim.state
         texts = [
-            Text.assemble((claim.id, "bold"), "  ", (str(state), _STATE_STYLE[state])),
+            Text.assemble((claim.id, "bold"), "  ", (str(state), STATE_STYLE[state])),
             Text(claim.statement),
             Text(f"{'' if claim.figure.startswith('criterion:') else 'paper: '}{claim.figure}  ({claim.source})"),
         ]

@@ -64,5 +64,11 @@ def uniform(context: int) -> list[Candidate]:
     return [Candidate(name, Policy.uniform(pattern, name=name)) for name, pattern in patterns(context)]
 
 
+def dense_by(impl: str) -> Candidate:
+    """Dense attention by one of foveal's own kernels: no loss, perhaps faster than the model's own."""
+    name = f"dense ({impl})"
+    return Candidate(name, Policy.uniform(Dense(), name=name))
+
+
 DENSE = Candidate("dense", Policy.uniform(Dense(), name="dense"), "baseline")
 """The model's own attention: chosen when nothing beats it."""

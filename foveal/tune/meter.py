@@ -17,6 +17,8 @@ from ..core.density import Density, measure
 from ..core.errors import ModelError
 from ..data.needle import Needles, retrieve
 from ..hf import AttentionEvent, attach
+from ..hf.growing import growing_cache
+from ..kernels.dispatch import explain
 from ..policies.policy import Policy
 
 LOGIT_BYTES = 2 << 30
@@ -65,6 +67,17 @@ class Meter:
         self.device = next(model.parameters()).device
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def dense_kernel(self, length: int) -> str:
+        """The implementation that computes dense causal self-attention over ``length`` tokens of this model."""
+        if self.impl != "auto":
+            return self.impl
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        q, k = (torch.empty(1, n, length, dim, dtype=self.model.dtype, device=self.device) for n in (heads, kv_heads))
+        return explain(q, k, k, causal=True).impl
 
     @contextlib.contextmanager
     def under(self, policy: Policy | None, probes: tuple[Any, ...] = ()) -> Iterator[None]:
@@ -124,12 +137,14 @@ class Meter:
 
     def decoding(self, needles: Needles, tail: int, policy: Policy | None, what: str = "the model") -> Decoding:
         """Prefill all but the last ``tail`` tokens of the needles' context, score these one at a time through the cache, then
-        ask the questions from the same cache."""
+        ask the questions from the same cache. A policy decodes through the cache of ``foveal run``, the model's own attention
+        through transformers' default one."""
         ids = needles.context[None]
         split = ids.shape[1] - tail
+        held = None if policy is None else growing_cache(self.model)
         with self.under(policy):
             with PeakMemory(self.device) as peak:
-                out, prefill = self.forward(ids[:, :split], 1, use_cache=True)
+                out, prefill = self.forward(ids[:, :split], 1, use_cache=True, past_key_values=held)
             cache, rows = out.past_key_values, [out.logits[0, -1:]]
             start = self._now()
             for at in range(split, ids.shape[1] - 1):

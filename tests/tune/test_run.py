@@ -50,8 +50,10 @@ def test_writes_results_policy_and_report(folder, tmp_path, few):
     assert {"model", "context", "dtype", "machine", "baseline", "candidates", "chosen"} <= stored.keys()
     assert {"name", "prefill_s", "decode_tok_s", "peak_mb", "ppl", "needle"} <= stored["baseline"].keys()
     names = [c["name"] for c in stored["candidates"]]
-    assert stored["chosen"] in names and names[:3] == ["dense", "window 64", "block top-k"]
-    assert names[3:] in ([], ["per layer"]), "a search that comes back to dense adds no candidate"
+    own = [name for name in names if name.startswith("dense (")]
+    assert len(own) <= 1, "dense by foveal's own kernel, where it has one"
+    assert stored["chosen"] in names and names[: 3 + len(own)] == ["dense", *own, "window 64", "block top-k"]
+    assert names[3 + len(own) :] in ([], ["per layer"]), "a search that comes back to dense adds no candidate"
     for row in stored["candidates"]:
         assert row.keys() >= NEEDED
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
@@ -65,6 +67,14 @@ def test_writes_results_policy_and_report(folder, tmp_path, few):
     assert policy.context == (256, 256) and policy.model.layers == 2 and policy.dtype == "float32"
     assert "<html" in (tmp_path / "out" / "report.html").read_text()
     assert seen[-1][0] <= seen[-1][1] and [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_dense_by_an_own_kernel_is_a_candidate_without_loss(folder, tmp_path, few):
+    results = run_tune(options(folder, tmp_path / "out", impl="gather", search=False))
+    row = results["candidates"][1]
+    assert row["name"] == "dense (gather)" and row["density"] == 1.0
+    assert row["kl"] == pytest.approx(0, abs=1e-6) and row["decode_ppl_increase"] == pytest.approx(0, abs=1e-5)
+    assert row["verdict"] != "over the loss limit"
 
 
 @pytest.mark.parametrize(("pieces", "texts"), [(2, 1), (3, 2), (9, 3)])

@@ -1,6 +1,6 @@
 """Train the boundary predictor that ships for SmolLM2-135M, and see what it is worth on text that it did not see.
 
-Usage: python benchmarks/dhsa_predictor.py [--epochs 3] [--work out/dhsa_predictor] [--weights FILE] [--out FILE]
+Usage: python benchmarks/train_dhsa_predictor.py [--epochs 3] [--work out/dhsa_predictor] [--weights FILE] [--out FILE]
 
 The packaged text is cut into pieces of 1,024 tokens: most of them train (a checkpoint per epoch in --work; run again to go on),
 the rest are held out. Then, per held-out piece of 2,048 tokens and per layer, the same selection at the same density with three

@@ -1,0 +1,146 @@
+"""Tasks made from a generator: what they ask for is known exactly, and small models learn them in minutes.
+
+Tokens: 0 pads and fills, 1 separates, the others are the task's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError
+
+FILL, SEPARATOR, FIRST = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A batch.
+
+    Attributes:
+        ids: ``(B, N)`` int64 tokens.
+        answer: ``(B, N)`` bool, tokens that the task determines; these are scored.
+    """
+
+    ids: Tensor
+    answer: Tensor
+
+
+def key_values(
+    batch: int,
+    pairs: int,
+    asked: int,
+    generator: torch.Generator,
+    *,
+    keys: int = 64,
+    values: int = 64,
+    length: int | None = None,
+    listed: bool = False,
+) -> Task:
+    """Retrieval: ``k v k v … ␟ k v k v``; the values after the separator are the answer.
+
+    Args:
+        batch: rows. pairs: key–value pairs, their keys distinct. asked: how many of them are asked for again.
+        generator: draws everything.
+        keys, values: sizes of the two vocabularies (tokens 2 … keys+1, then the values).
+        length: tokens in all; pairs are spread in order among fill tokens to reach it.
+        listed: ask with all keys first and then all values, ``… ␟ k k k v v v``: a prompt and an answer in one piece.
+
+    Raises:
+        ConfigError: more pairs than keys, more asked than there are, or a length that is too short.
+    """
+    needed = 2 * pairs + 1 + 2 * asked
+    length = needed if length is None else length
+    if not 1 <= asked <= pairs <= keys or length < needed:
+        raise ConfigError(
+            f"key_values has pairs={pairs}, asked={asked}, keys={keys}, length={length}; expected asked ≤ pairs ≤ keys and a "
+            f"length of at least {needed}."
+        )
+    key = torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs] + FIRST
+    value = torch.randint(values, (batch, pairs), generator=generator) + FIRST + keys
+    which = torch.rand(batch, pairs, generator=generator).argsort(1)[:, :asked]
+    room = length - 1 - 2 * asked
+    slot = torch.rand(batch, room - pairs, generator=generator).argsort(1)[:, :pairs].sort(1).values
+    place = slot + torch.arange(pairs)  # every pair takes two tokens, so later ones move by one each
+    ids = torch.full((batch, length), FILL)
+    ids.scatter_(1, place, key).scatter_(1, place + 1, value)
+    ids[:, room] = SEPARATOR
+    answer = torch.zeros(batch, length, dtype=torch.bool)
+    ask, reply = key.gather(1, which), value.gather(1, which)
+    if listed:
+        ids[:, room + 1 : room + 1 + asked], ids[:, room + 1 + asked :] = ask, reply
+        answer[:, room + 1 + asked :] = True
+    else:
+        ids[:, room + 1 :: 2], ids[:, room + 2 :: 2] = ask, reply
+        answer[:, room + 2 :: 2] = True
+    return Task(ids, answer)
+
+
+def key_values_vocabulary(keys: int = 64, values: int = 64) -> int:
+    """Tokens that :func:`key_values` uses."""
+    return FIRST + keys + values
+
+
+def markov(batch: int, length: int, generator: torch.Generator, *, table: Tensor) -> Task:
+    """A local task: a Markov chain over ``table`` ``(V, V)`` of transition probabilities; every token but the first is scored.
+
+    Tokens are shifted by 2; a window of two tokens is all that can help.
+    """
+    state = torch.randint(table.shape[0], (batch,), generator=generator)
+    out = [state]
+    for _ in range(length - 1):
+        state = torch.multinomial(table[state], 1, generator=generator)[:, 0]
+        out.append(state)
+    answer = torch.ones(batch, length, dtype=torch.bool)
+    answer[:, 0] = False
+    return Task(torch.stack(out, 1) + FIRST, answer)
+
+
+def transitions(size: int, likely: int, seed: int) -> Tensor:
+    """``(size, size)`` transition probabilities in which every token has ``likely`` equally probable successors."""
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(size, size, generator=g).argsort(1)[:, :likely]
+    return torch.zeros(size, size).scatter_(1, chosen, 1.0 / likely)
+
+
+SHAPES = ("square", "disc", "cross")
+COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))
+CAPTION = 3
+"""Tokens of a caption: shape, colour, quadrant."""
+CAPTION_TOKENS = len(SHAPES) + len(COLOURS) + 4
+
+
+def shapes(batch: int, size: int, generator: torch.Generator, frames: int = 0) -> tuple[Tensor, Tensor]:
+    """Coloured shapes on black with captions that say exactly what is there.
+
+    Args:
+        batch: pictures. size: pixels on a side, at least 8. frames: 0 for pictures, else the length of clips in which the
+            shape moves one pixel a frame to the right, around the edge.
+
+    Returns:
+        ``(B, 3, size, size)`` or ``(B, 3, frames, size, size)`` values from −1 to 1, and ``(B, 3)`` caption tokens: shape,
+        colour, quadrant of the centre in the first frame.
+    """
+    if size < 8:
+        raise ConfigError(f"shapes has size={size}; expected at least 8 pixels.")
+    shape = torch.randint(len(SHAPES), (batch,), generator=generator)
+    colour = torch.randint(len(COLOURS), (batch,), generator=generator)
+    radius = size // 8 + 1
+    centre = torch.randint(radius, size - radius, (batch, 2), generator=generator)
+    quadrant = (centre[:, 0] >= size // 2) * 2 + (centre[:, 1] >= size // 2)
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    moved = torch.arange(max(frames, 1))
+    dx = (x - centre[:, 1, None, None, None] - moved[:, None, None]) % size
+    dx = torch.minimum(dx, size - dx)  # (B, F, size, size)
+    dy = (y - centre[:, 0, None, None, None]).abs().expand_as(dx)
+    inside = torch.stack([
+        (dx < radius) & (dy < radius),
+        dx**2 + dy**2 <= 0.8 * (radius - 0.5) ** 2,
+        ((dx == 0) & (dy < radius + 1)) | ((dy == 0) & (dx < radius + 1)),
+    ])[shape, torch.arange(batch)]  # fmt: skip
+    paint = torch.tensor(COLOURS)[colour][:, :, None, None, None]
+    pictures = torch.where(inside[:, None], paint, -1.0)
+    caption = torch.stack([shape, len(SHAPES) + colour, len(SHAPES) + len(COLOURS) + quadrant], 1)
+    return (pictures if frames else pictures[:, :, 0]), caption

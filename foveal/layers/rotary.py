@@ -1,0 +1,27 @@
+"""Rotary positions on any number of axes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary(positions: Tensor, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """``(cos, sin)``, each ``(N, head_dim/2)`` float64: pairs of channels dealt to the axes in turn, slower and slower.
+
+    Args:
+        positions: ``(N, A)`` coordinates.
+    """
+    pairs, axes = head_dim // 2, positions.shape[1]
+    number = torch.arange(pairs, device=positions.device)
+    rank, count = torch.div(number, axes, rounding_mode="floor"), -(-pairs // axes)
+    frequency = base ** (-rank.double() / count)
+    angle = positions[:, number % axes].double() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs of neighbouring channels of ``(B, H, N, D)``."""
+    cos, sin = (t.to(x.dtype) for t in turn)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)

@@ -1,0 +1,191 @@
+"""What the backbones share: one forward pass as an object, self-attention under a policy, rotary positions, a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..core.base_mask import BaseMask
+from ..core.context import SelectContext, Selection, State
+from ..core.density import Density, measure
+from ..core.errors import ConfigError, ShapeError, UnsupportedError
+from ..kernels.call import AttentionCall
+from ..kernels.dispatch import compute
+from ..layers.rotary import rotary, rotate
+from ..patterns import Pattern
+from ..policies.policy import Policy
+
+
+@dataclass
+class Memory:
+    """What a causal model remembers of a request between calls.
+
+    Attributes:
+        keys, values: per layer ``(B, Hkv, n, D)``; empty before the first call.
+        states: what each layer's pattern remembers.
+    """
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, State] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens remembered."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of a backbone: what its attention layers share and leave behind.
+
+    Attributes:
+        policy: which pattern in which layer.
+        base: the model's own mask for these queries and keys.
+        positions: ``(N, A)`` coordinates of the new tokens on A axes (1 for text, 2 for images, 3 for video).
+        num_layers: of the backbone.
+        memory: keys and values of earlier calls, for causal models.
+        states: what patterns remember between passes of one request, such as denoising steps; goes on from call to call.
+        grid, step: what patterns are told about the token grid and the denoising step.
+        impl: kernel implementation.
+        measuring: count what is kept into ``densities``.
+        densities: per layer, when ``measuring``.
+        selections: what the layers chose in this pass.
+    """
+
+    policy: Policy
+    base: BaseMask
+    positions: Tensor
+    num_layers: int
+    memory: Memory | None = None
+    states: dict[int, State] = field(default_factory=dict)
+    grid: tuple[int, ...] | None = None
+    step: int | None = None
+    impl: str = "auto"
+    measuring: bool = False
+    densities: dict[int, Density] = field(default_factory=dict)
+    selections: dict[int, Selection] = field(default_factory=dict)
+
+
+AttentionFactory = Callable[[int], nn.Module]
+"""Layer index → a module ``(x (B, N, dim), run: Pass) → (B, N, dim)``."""
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention under the pass's policy, with rotary positions on any number of axes.
+
+    Args:
+        dim: width. num_heads, num_kv_heads: heads; num_kv_heads divides num_heads and defaults to it.
+        layer_index: where in the backbone.
+        rope_base: base of the rotary frequencies.
+
+    Raises:
+        ConfigError: sizes that do not divide each other.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, layer_index: int, num_kv_heads: int | None = None, rope_base: float = 10_000.0
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if dim % num_heads or num_heads % kv_heads or dim // num_heads % 2:
+            raise ConfigError(
+                f"SelfAttention has dim={dim}, num_heads={num_heads}, num_kv_heads={kv_heads}; expected heads of an even "
+                "size that divide dim, and num_kv_heads that divide num_heads."
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, dim // num_heads
+        self.layer_index, self.rope_base = layer_index, rope_base
+        self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """``(B, N, dim)`` in and out."""
+        sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1))
+        turn = rotary(run.positions, self.head_dim, self.rope_base)
+        q, k = rotate(q, turn), rotate(k, turn)
+        offset, states = 0, run.states
+        if run.memory is not None:
+            offset, states = run.base.shift, run.memory.states
+            if self.layer_index in run.memory.keys:
+                k = torch.cat([run.memory.keys[self.layer_index], k], 2)
+                v = torch.cat([run.memory.values[self.layer_index], v], 2)
+            run.memory.keys[self.layer_index], run.memory.values[self.layer_index] = k, v
+        ctx = SelectContext(
+            base=run.base, layer_index=self.layer_index, layer_name=f"layers.{self.layer_index}", num_layers=run.num_layers,
+            q_offset=offset, hidden_states=x, grid=run.grid, step=run.step, earlier=run.selections,
+        )  # fmt: skip
+        pattern = self._pattern(run, ctx)
+        with torch.no_grad():
+            layout, state = pattern.select(q.detach(), k.detach(), ctx, states.get(self.layer_index))
+        states[self.layer_index] = state
+        run.selections[self.layer_index] = Selection(layout, state)
+        if run.measuring:
+            run.densities[self.layer_index] = measure(layout, run.base, x.shape[0], self.num_heads, self.num_kv_heads)
+        out, _ = compute(AttentionCall(q, k, v, layout, run.base, self.head_dim**-0.5, return_lse=False), run.impl)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def _pattern(self, run: Pass, ctx: SelectContext) -> Pattern:
+        rule = run.policy.rule(self.layer_index)
+        if rule.heads:
+            raise UnsupportedError(
+                f"the policy has rules for single heads in layer {self.layer_index}; foveal's own backbones take one rule a layer."
+            )
+        return rule.pattern(ctx.decoding)
+
+
+class Mlp(nn.Module):
+    """Gated linear unit with SiLU, ``ratio`` times as wide inside."""
+
+    def __init__(self, dim: int, ratio: float = 2.0) -> None:
+        super().__init__()
+        inner = int(dim * ratio)
+        self.gate, self.down = nn.Linear(dim, 2 * inner, bias=False), nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate(x).chunk(2, -1)
+        return self.down(nn.functional.silu(a) * b)
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention from the factory, then the MLP."""
+
+    def __init__(self, dim: int, attention: nn.Module, ratio: float = 2.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention, self.mlp = attention, Mlp(dim, ratio)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        x = x + self.attention(self.norm1(x), run)
+        return x + self.mlp(self.norm2(x))
+
+
+def factory(dim: int, num_heads: int, num_kv_heads: int | None = None) -> AttentionFactory:
+    """The default: :class:`SelfAttention` in every layer."""
+    return lambda index: SelfAttention(dim, num_heads, index, num_kv_heads)
+
+
+def initialise(model: nn.Module, depth: int, seed: int) -> None:
+    """Normal weights of variance 1/fan-in from a local generator, biases 0; what writes into the residual stream is scaled by
+    1/√(2·depth)."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() >= 2:
+                std = p.shape[1] ** -0.5 if "embed" not in name else 0.02
+                if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                    std /= (2 * depth) ** 0.5
+                p.copy_(torch.randn(p.shape, generator=g) * std)
+            elif name.endswith("bias"):
+                p.zero_()
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise :class:`ShapeError` unless ``ids`` is ``(B, N)`` of tokens below ``vocab_size``."""
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ShapeError(f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected (batch, length) int64.")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ShapeError(f"ids spans {int(ids.min())}…{int(ids.max())}; expected tokens from 0 to {vocab_size - 1}.")

@@ -1,0 +1,110 @@
+"""A small causal language model: RMSNorm, rotary positions, gated MLP, grouped heads, a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core.base_mask import BaseMask
+from ..core.context import State
+from ..patterns import Pattern
+from ..patterns.dense import Dense
+from ..policies.policy import Policy
+from .blocks import AttentionFactory, Block, Memory, Pass, check_ids, factory, initialise
+
+
+class DecoderLM(nn.Module):
+    """Causal language model.
+
+    Args:
+        vocab_size: tokens. dim, depth, num_heads, num_kv_heads: sizes.
+        attention: layer index → attention module; default rotary self-attention under a policy.
+        ratio: inner width of the MLP over ``dim``.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 128,
+        depth: int = 4,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        *,
+        attention: AttentionFactory | None = None,
+        ratio: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        attention = attention or factory(dim, num_heads, num_kv_heads)
+        self.vocab_size = vocab_size
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(Block(dim, attention(i), ratio) for i in range(depth))
+        self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, vocab_size, bias=False)
+        initialise(self, depth, seed)
+
+    def begin(
+        self, ids: Tensor, policy: Policy | Pattern | None = None, memory: Memory | None = None, *, valid: Tensor | None = None,
+        states: dict[int, State] | None = None, impl: str = "auto", measuring: bool = False,
+    ) -> Pass:  # fmt: skip
+        """The pass that :meth:`forward` runs over ``ids`` ``(B, N)``; ``valid`` ``(B, n + N)`` is False on padding."""
+        before = 0 if memory is None else memory.length
+        total = before + ids.shape[1]
+        base = BaseMask.build(ids.shape[1], total, causal=True, shift=before, valid=valid, device=ids.device)
+        positions = torch.arange(before, total, device=ids.device)[:, None]
+        return Pass(
+            Policy.of(Dense() if policy is None else policy), base, positions, len(self.layers), memory,
+            {} if states is None else states, impl=impl, measuring=measuring,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        ids: Tensor,
+        policy: Policy | Pattern | None = None,
+        memory: Memory | None = None,
+        *,
+        run: Pass | None = None,
+    ) -> Tensor:
+        """``(B, N, vocab)`` logits.
+
+        Args:
+            ids: ``(B, N)`` int64.
+            policy: what the attention layers keep; default everything.
+            memory: of earlier calls; grows in place.
+            run: a pass from :meth:`begin`, for padding, measuring, or another implementation.
+
+        Raises:
+            ShapeError: ids of another shape, dtype or range.
+        """
+        check_ids(ids, self.vocab_size)
+        run = self.begin(ids, policy, memory) if run is None else run
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, run)
+        return self.head(self.norm(x))
+
+    def loss(self, ids: Tensor, scored: Tensor | None = None, policy: Policy | Pattern | None = None) -> Tensor:
+        """Mean next-token loss in nats; ``scored`` ``(B, N)`` bool says which tokens of ``ids`` count as targets."""
+        logits = self(ids[:, :-1], policy)
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        if scored is None:
+            return losses.mean()
+        weight = scored[:, 1:].flatten().to(losses.dtype)
+        return (losses * weight).sum() / weight.sum().clamp(min=1)
+
+    @torch.inference_mode()
+    def generate(
+        self, ids: Tensor, count: int, policy: Policy | Pattern | None = None, stop: Sequence[int] = ()
+    ) -> Tensor:
+        """``(B, ≤ count)`` tokens decoded greedily after ``ids`` ``(B, N)``; ends early when every row has met a ``stop`` token."""
+        memory, out = Memory(), []
+        ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        for _ in range(count):
+            ids = self(ids, policy, memory)[:, -1].argmax(-1, keepdim=True)
+            out.append(ids)
+            ended |= torch.isin(ids[:, 0], torch.tensor(list(stop), dtype=ids.dtype, device=ids.device))
+            if bool(ended.all()):
+                break
+        return torch.cat(out, 1) if out else ids[:, :0]

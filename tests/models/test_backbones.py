@@ -1,0 +1,331 @@
+"""The backbones: caches, masks, policies and factories do what they say; the diffusion models' arithmetic is exact."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foveal.core.budget import Budget
+from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
+from foveal.layers.rotary import rotary, rotate
+from foveal.models import DecoderLM, DiffusionLM, DiT, Memory, Pass, SelfAttention, ViT
+from foveal.models.dit import signal
+from foveal.models.vit import coordinates
+from foveal.patterns import BlockTopK, Dense, SlidingWindow
+from foveal.policies import Policy, Rule
+
+VOCAB = 23
+
+
+def decoder(**changes: object) -> DecoderLM:
+    return DecoderLM(VOCAB, **{"dim": 32, "depth": 3, "num_heads": 4, "num_kv_heads": 2, **changes}).double().eval()
+
+
+def ids(batch: int, length: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Mean(nn.Module):
+    """An attention of another kind: the mean over what came before."""
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+
+
+# --- decoder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [Dense(), SlidingWindow(5, 2)], ids=str)
+@pytest.mark.parametrize("cuts", [(20,), (7, 13), (1,) * 20, (12, 1, 1, 6)])
+def test_pieces_through_a_memory_equal_one_pass(pattern, cuts):
+    model, x = decoder(), ids(2, 20)
+    whole = model(x, pattern)
+    memory, parts = Memory(), []
+    for part in x.split(cuts, 1):
+        parts.append(model(part, pattern, memory))
+    assert memory.length == 20
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-10, rtol=1e-10)
+
+
+def test_the_future_does_not_reach_the_past():
+    model, x = decoder(), ids(1, 16)
+    other = x.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % VOCAB
+    same = model(x)[:, :9] == model(other)[:, :9]
+    assert bool(same.all()) and not torch.equal(model(x)[:, 9:], model(other)[:, 9:])
+
+
+def test_left_padding_does_not_matter():
+    model, x = decoder(), ids(1, 12)
+    padded = torch.cat([ids(1, 5, seed=3), x], 1)
+    valid = torch.arange(17)[None] >= 5
+    run = model.begin(padded, valid=valid)
+    torch.testing.assert_close(model(padded, run=run)[:, 5:], model(x), atol=1e-9, rtol=1e-9)
+
+
+def test_a_policy_reaches_its_layer_alone_and_is_measured():
+    model, x = decoder(), ids(1, 40)
+    run = model.begin(x, Policy(layers=((1, Rule(SlidingWindow(4))),)), measuring=True)
+    got = model(x, run=run)
+    assert not torch.allclose(got, model(x))
+    densities = [run.densities[i].density for i in range(3)]
+    assert densities[0] == densities[2] == 1.0 and densities[1] == pytest.approx((4 * 40 - 6) / (40 * 41 / 2))
+
+
+def test_layers_take_another_attention_from_the_factory():
+    model = DecoderLM(VOCAB, dim=16, depth=2, attention=lambda i: Mean() if i else SelfAttention(16, 2, 0)).eval()
+    assert isinstance(model.layers[1].attention, Mean)
+    assert model(ids(2, 9)).shape == (2, 9, VOCAB)
+
+
+def test_generate_is_greedy_and_stops():
+    model, x = decoder(), ids(2, 6)
+    got = model.generate(x, 5)
+    whole = x
+    for _ in range(5):
+        whole = torch.cat([whole, model(whole)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(got, whole[:, 6:])
+    assert model.generate(x[:1], 5, stop=[int(got[0, 0])]).shape == (1, 1)
+
+
+def test_loss_counts_the_scored_tokens_alone():
+    model, x = decoder(), ids(2, 9)
+    scored = torch.zeros(2, 9, dtype=torch.bool)
+    scored[0, 4] = scored[1, 8] = True
+    logits = model(x[:, :-1]).log_softmax(-1)
+    expected = -(logits[0, 3, x[0, 4]] + logits[1, 7, x[1, 8]]) / 2
+    torch.testing.assert_close(model.loss(x, scored), expected)
+
+
+def test_the_same_seed_gives_the_same_model():
+    one, two, other = (DecoderLM(VOCAB, 16, 2, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_rotary_products_depend_on_differences_alone(axes):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 12, generator=g, dtype=torch.float64)
+    place = torch.randint(0, 30, (2, axes), generator=g)
+
+    def product(shift: int) -> float:
+        a, b = (
+            rotate(x, tuple(t.double() for t in rotary(p[None] + shift, 12, 100.0)))
+            for x, p in ((q, place[0]), (k, place[1]))
+        )
+        return float((a * b).sum())
+
+    assert product(0) == pytest.approx(product(11), abs=1e-5)
+    assert product(0) != pytest.approx(float((q * k).sum()), abs=1e-3)
+
+
+# --- masked diffusion -------------------------------------------------------------------------------------------------
+
+
+def test_diffusion_sees_both_sides_and_ignores_what_is_masked():
+    model = DiffusionLM(VOCAB, dim=32, depth=2).double().eval()
+    x = ids(1, 10)
+    other = x.clone()
+    other[0, 9] = (other[0, 9] + 1) % VOCAB
+    assert not torch.allclose(model(x)[:, 0], model(other)[:, 0])
+    masked, also = x.clone(), other.clone()
+    masked[0, 9] = also[0, 9] = model.mask
+    assert torch.equal(model(masked), model(also))
+
+
+def test_diffusion_loss_is_the_weighted_cross_entropy_of_the_masks():
+    """With a model that gives every token the same probability the bound's expectation is log V per answer token."""
+    model = DiffusionLM(VOCAB, dim=16, depth=1)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    x, answer = ids(64, 20), torch.arange(20)[None].expand(64, -1) >= 8
+    g = torch.Generator().manual_seed(0)
+    losses = [float(model.loss(x, answer, g).detach()) for _ in range(40)]
+    assert sum(losses) / 40 == pytest.approx(math.log(VOCAB), rel=0.05)
+    alone = model.loss(x, torch.zeros_like(answer), g)
+    assert float(alone.detach()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "block"), [(12, 12, None), (12, 5, None), (12, 6, 4), (12, 3, 4), (5, 1, None)]
+)
+def test_sampling_fills_every_mask_block_by_block(length, steps, block):
+    model, prompt = DiffusionLM(VOCAB, dim=16, depth=1).eval(), ids(3, 7)
+    seen: list[int] = []
+    blocks: list[list[int]] = []
+    real = model.forward
+
+    def spy(x: Tensor, *args: object, run: Pass, **kwargs: object) -> Tensor:
+        open_ = (x == model.mask).sum(1).tolist()
+        assert len(set(open_)) == 1, "rows unmask at the same pace"
+        seen.append(open_[0])
+        blocks.append((x[0, 7:] == model.mask).nonzero()[:, 0].tolist())
+        return real(x, *args, run=run, **kwargs)
+
+    model.forward = spy  # type: ignore[method-assign]
+    out = model.sample(prompt, length, steps, block=block)
+    assert torch.equal(out[:, :7], prompt) and not bool((out == model.mask).any())
+    assert len(seen) == steps and seen == sorted(seen, reverse=True) and seen[0] == length
+    if block is not None:
+        per = steps // (length // block)
+        assert blocks[per] == list(range(block, length)), "the first block is whole before the second begins"
+
+
+def test_sampling_keeps_the_most_confident_first():
+    model = DiffusionLM(4, dim=16, depth=1).eval()
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 0, 1], logits[0, 1, 2], logits[0, 2, 3] = 1.0, 3.0, 2.0
+    x = torch.full((1, 3), model.mask)
+    got = model._unmask(x, logits, 0, 3, 3, 0.0, None)
+    assert got.tolist() == [[model.mask, 2, model.mask]]
+    assert model._unmask(got, logits, 0, 3, 1, 0.0, None).tolist() == [[1, 2, 3]]
+
+
+def test_patterns_keep_their_state_over_the_steps():
+    told: list[tuple[int | None, object]] = []
+
+    class Counts(Dense):
+        registered_name = "test_counts"
+
+        def select(self, q, k, ctx, state=None):
+            told.append((ctx.step, state))
+            return None, (state or 0) + 1
+
+    DiffusionLM(VOCAB, dim=16, depth=1).eval().sample(ids(1, 4), 6, 3, policy=Counts())
+    assert told == [(0, None), (1, 1), (2, 2)]
+
+
+# --- diffusion transformer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("grid", "patch"), [((3, 4), 1), ((2, 3), 2), ((2, 3, 2), 2)])
+def test_patches_and_back(grid, patch):
+    model = DiT(grid, channels=2, patch=patch, dim=16, depth=1)
+    x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0))
+    tokens = model._patches(x)
+    assert tokens.shape == (3, math.prod(grid), 2 * patch**2)
+    assert torch.equal(model._image(tokens), x)
+    far = x.clone()
+    far[..., -1, -1] += 1
+    changed = (model._patches(far) != tokens).any(-1)[0].nonzero()[:, 0].tolist()
+    last = coordinates(grid)
+    expected = [i for i, at in enumerate(last.tolist()) if at[-2:] == [grid[-2] - 1, grid[-1] - 1]]
+    assert changed == expected, "a pixel belongs to the token at its place"
+
+
+def trained_looking(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights that are nowhere zero."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=g))
+    return model.double().eval()
+
+
+def test_a_new_transformer_predicts_no_noise_and_every_block_is_the_identity():
+    model = DiT((3, 3), vocab_size=4, text=2, dim=16, depth=2)
+    assert float(model(torch.randn(2, *model.shape), torch.rand(2), ids(2, 2, vocab=4)).abs().max()) == 0.0
+    x = torch.randn(2, 11, 16)
+    assert torch.equal(model.layers[0](x, torch.randn(2, 16), model.begin()), x)
+
+
+def test_ddim_finds_the_point_when_the_noise_is_known():
+    """Data that is a single point: ε = (x − √ᾱ·x₀) / √(1 − ᾱ) exactly, and any number of steps ends in x₀."""
+    model = DiT((2, 2), dim=16, depth=1)
+    x0 = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def exact(x: Tensor, t: Tensor, text: Tensor | None = None, *, run: Pass) -> Tensor:
+        share = signal(t).view(-1, 1, 1, 1)
+        return (x - share.sqrt() * x0) / (1 - share).sqrt()
+
+    model.forward = exact  # type: ignore[method-assign]
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for steps in (1, 4, 9):
+        torch.testing.assert_close(model.sample(noise, steps), x0, atol=1e-3, rtol=0)
+
+
+def test_guidance_is_the_extrapolation_from_without_to_with_text():
+    model = trained_looking(DiT((3, 3), vocab_size=4, text=2, dim=16, depth=2))
+    noise, text = torch.randn(2, *model.shape, dtype=torch.float64), ids(2, 2, vocab=4)
+    levels = torch.ones(2, dtype=torch.float64)
+    given, none = model(noise, levels, text), model(noise, levels)
+    assert not torch.allclose(given, none)
+    predicted = none + 3.0 * (given - none)
+    now, then = signal(torch.tensor(1.0)), signal(torch.tensor(0.0))
+    expected = then.sqrt() * (noise - (1 - now).sqrt() * predicted) / now.sqrt() + (1 - then).sqrt() * predicted
+    torch.testing.assert_close(model.sample(noise, 1, text, guidance=3.0), expected, atol=1e-6, rtol=1e-6)
+    sizes: list[int] = []
+    model.sample(noise, 2, text, guidance=3.0, watch=lambda run: sizes.append(run.step))
+    assert sizes == [0, 1]
+
+
+def test_the_signal_falls_from_one_to_almost_nothing():
+    share = signal(torch.linspace(0, 1, 101))
+    assert share[0] == pytest.approx(1) and share[-1] == pytest.approx(1e-4) and bool((share.diff() < 0).all())
+
+
+def test_a_transformer_is_told_grid_and_step():
+    told: list[tuple[object, object]] = []
+
+    class Spy(Dense):
+        registered_name = "test_spy_grid"
+
+        def select(self, q, k, ctx, state=None):
+            told.append((ctx.grid, ctx.step))
+            return None, None
+
+    DiT((2, 3, 2), dim=16, depth=1).eval().sample(torch.randn(1, 1, 2, 3, 2), 2, policy=Spy())
+    assert told == [((2, 3, 2), 0), ((2, 3, 2), 1)]
+
+
+# --- vision transformer -----------------------------------------------------------------------------------------------
+
+
+def test_vit_knows_where_patches_lie_but_only_relative_to_each_other():
+    model = trained_looking(ViT(5, channels=1, patch=2, dim=16, depth=2))
+    picture = torch.randn(1, 1, 8, 12, dtype=torch.float64)
+    run = model.begin((4, 6))
+    run.positions = run.positions + 7
+    torch.testing.assert_close(model(picture, run=run), model(picture), atol=1e-5, rtol=1e-5)
+    turned = model(picture.transpose(2, 3))
+    assert not torch.allclose(turned, model(picture), atol=1e-3)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: decoder()(ids(1, 4) + VOCAB), ShapeError, r"tokens from 0 to 22"),
+        (lambda: decoder()(torch.zeros(3, dtype=torch.int64)), ShapeError, r"\(batch, length\)"),
+        (lambda: SelfAttention(30, 4, 0), ConfigError, "divide"),
+        (lambda: SelfAttention(32, 4, 0, 3), ConfigError, "num_kv_heads=3"),
+        (lambda: DiffusionLM(9, 16, 1).sample(ids(1, 2, vocab=9), 6, 3, block=4), ConfigError, "block=4"),
+        (lambda: DiT((4,), dim=16), ConfigError, r"\(height, width\)"),
+        (lambda: DiT((2, 2), dim=16)(torch.zeros(1, 1, 3, 2), torch.zeros(1)), ShapeError, r"\(batch, 1, 2, 2\)"),
+        (lambda: DiT((2, 2), dim=16).sample(torch.zeros(1, 1, 2, 2), 2, guidance=2.0), ConfigError, "without text"),
+        (lambda: ViT(3, patch=2, dim=16)(torch.zeros(1, 1, 4, 5)), ShapeError, "sides that 2 divides"),
+        (
+            lambda: decoder()(ids(1, 4), Policy(Rule(heads=((0, 1, Rule(SlidingWindow(2))),)))),
+            UnsupportedError,
+            "one rule a layer",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_sparse_policy_trains():
+    model = DecoderLM(VOCAB, dim=32, depth=2)
+    model.loss(ids(2, 40), policy=BlockTopK(Budget(density=0.5), q_block=8, kv_block=8)).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
