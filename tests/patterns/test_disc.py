@@ -71,18 +71,21 @@ def test_tiles_are_the_definition_on_random_grids(data: st.DataObject) -> None:
     assert pattern.pairs() == int(seen.sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_tile_kinds_are_exact(data: st.DataObject) -> None:
-    grid = (data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12)))
-    text, radius, block = (
-        data.draw(st.integers(0, 9)),
-        data.draw(st.integers(1, 9)),
-        data.draw(st.sampled_from([1, 3, 8, 16])),
-    )
-    places = Disc(radius, grid, text).places(grid, text + grid[0] * grid[1])
-    kinds = tile_kinds(places, places, radius**2, block)
-    seen = definition(grid, text, radius)
+def test_tile_kinds_are_exact_wherever_tokens_lie(data: st.DataObject) -> None:
+    block, limit = data.draw(st.sampled_from([1, 3, 8, 16])), data.draw(st.integers(1, 60))
+    make = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+
+    def somewhere(n: int) -> Places:
+        x = torch.randint(-1, 3, (n,), generator=make).cumsum(0) if data.draw(st.booleans()) else torch.arange(n) % 5
+        y = torch.randint(0, 3, (n,), generator=make).cumsum(0) // 4
+        return Places(y.int(), x.int(), torch.rand(n, generator=make) < data.draw(st.sampled_from([0.0, 0.1, 1.0])))
+
+    q, k = somewhere(data.draw(st.integers(1, 40))), somewhere(data.draw(st.integers(1, 40)))
+    apart = (q.y[:, None] - k.y) ** 2 + (q.x[:, None] - k.x) ** 2
+    seen = q.text[:, None] | k.text | (apart < limit)
+    kinds = tile_kinds(q, k, limit, block)
     for u, row in enumerate(seen.split(block)):
         for c, tile in enumerate(row.split(block, 1)):
             assert int(kinds[u, c]) == (FULL if tile.all() else 1 if tile.any() else EMPTY)
