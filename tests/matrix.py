@@ -19,11 +19,14 @@ from foveal.patterns import (
     Anchor,
     BlockTopK,
     Dense,
+    Disc,
+    FrameBand,
     MoBA,
     Neighborhood,
     Pattern,
     Reuse,
     SlidingWindow,
+    SparseD,
     TokenTopK,
     Triangle,
     VMoBA,
@@ -79,6 +82,20 @@ def near_blocks(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, s
 def triangle(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int, rows: int) -> np.ndarray:
     """The definition of a triangle: as ``near``, but the last rows of the call see everything."""
     return (i >= host.q_len - rows) | near(host, b, i, j, window, sinks)
+
+
+def disc(host: Host, b: int, i: np.ndarray, j: np.ndarray, radius: int, width: int, text: int) -> np.ndarray:
+    """The definition of a disc on a row-major image after ``text`` tokens."""
+    own = host.first + i
+    (yq, xq), (yk, xk) = (np.divmod(p - text, width) for p in (own, j))
+    return (own < text) | (j < text) | ((yq - yk) ** 2 + (xq - xk) ** 2 < radius**2)
+
+
+def band(host: Host, b: int, i: np.ndarray, j: np.ndarray, keep: float, text: int) -> np.ndarray:
+    """The definition of a band in one frame that ends with the last query's key (causal hosts) or the last key."""
+    own, length = host.first + i, host.first + host.q_len if host.causal else host.kv_len
+    half = int(keep * (length - text)) // 2
+    return (own < text) | (j < text) | (abs(own - j) <= half)
 
 
 def neighbors(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, stride: int, causal: bool) -> np.ndarray:
@@ -187,6 +204,37 @@ PATTERNS: dict[str, Row] = {
         Triangle(window=1, sinks=0, dense_rows=1 << 20),
         lambda host, b, i, j: triangle(host, b, i, j, 24, 5, 16),
         wrong=(("window", 0), ("sinks", -1), ("dense_rows", -1)),
+    ),
+    "disc": Row(
+        Disc(radius=4, grid=(-1, 12), text=5),
+        Disc(radius=1 << 20, grid=(-1, 12)),
+        lambda host, b, i, j: disc(host, b, i, j, 4, 12, 5),
+        refuses=frozenset({"cross"}),
+        wrong=(("radius", 0), ("radius", -1), ("text", -1), ("grid", (0, 4)), ("grid", (4, 0)), ("tile", (0, 1))),
+    ),
+    "disc-1": Row(
+        Disc(radius=1, grid=(-1, 200)),
+        Disc(radius=1, grid=(-1, 3), text=1 << 20),
+        lambda host, b, i, j: disc(host, b, i, j, 1, 200, 0),
+        refuses=frozenset({"cross"}),
+    ),
+    "frame_band": Row(
+        FrameBand(keep=0.3),
+        FrameBand(keep=2.0),
+        lambda host, b, i, j: band(host, b, i, j, 0.3, 0),
+        refuses=frozenset({"cross"}),
+        wrong=(("keep", 0.0), ("keep", 2.5), ("frames", 0), ("text", -1)),
+    ),
+    "sparsed": Row(
+        SparseD(keep=0.3, generated=40, block=16),
+        SparseD(keep=1.0, generated=40, block=16),
+        block=16,
+        wrong=(("keep", -0.1), ("keep", 1.1), ("skip", 1.5), ("steps", 0), ("block", 0), ("generated", -1)),
+    ),
+    "sparsed-code": Row(
+        SparseD(keep=0.2, generated=40, block=8, selection="code", literal=True),
+        SparseD(keep=1.0, generated=40, block=8, selection="code", literal=True),
+        block=8,
     ),
     "neighborhood": Row(
         Neighborhood((-1,), window=20),

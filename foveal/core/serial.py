@@ -25,7 +25,7 @@ def to_json(value: Any) -> Any:
             item = getattr(value, f.name)
             if f.default is not dataclasses.MISSING and type(item) is type(f.default) and item == f.default:
                 continue
-            out[f.name] = to_json(item)
+            out[f.name] = item.to_json() if hasattr(item, "to_json") else to_json(item)
         return out
     if isinstance(value, (tuple, list)):
         return [to_json(v) for v in value]

@@ -21,7 +21,7 @@ from .call import AttentionCall, relative_index
 from .ragged import Batch, Plan, split_rows
 
 DENSE_BLOCK = 128
-TABLE_KEYS = 1024
+TABLE_KEYS = 4096
 """Keys in cut tiles kept evaluated, per tile row of the call; beyond that they are evaluated batch by batch."""
 
 

@@ -262,7 +262,7 @@ def prepare(
     return_lse: bool = False,
 ) -> AttentionCall:
     """Check the arguments of :func:`attention` and turn them into one call; raises what :func:`attention` documents."""
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
             raise ConfigError(f"{name} is {value!r}; expected a finite number or None.")
@@ -283,7 +283,8 @@ def prepare(
     return AttentionCall(q, k, v, layout, base, scale, softcap, bias, return_lse)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise :class:`ShapeError` unless q, k and v fit each other."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or t.dim() != 4:
             shape = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__

@@ -148,6 +148,15 @@ def test_machine_peaks(tmp_path: Path) -> None:
     )
 
 
+def test_patterns_diffusion(tmp_path: Path) -> None:
+    cases = ("disc_r8", "pooled_r8", "rettention_sparse", "sparsed_30")
+    data = script("patterns_diffusion.py", tmp_path / "r.json", "--side", "16", "--repeats", "1", "--cases", *cases)
+    assert set(data["cases"]) == set(cases)
+    assert all(row["error"] < 1e-4 and 0 < row["density"] <= 1 for row in data["cases"].values())
+    assert data["targets"]["disc_r8: layout share at most"]["reached"] == data["cases"]["disc_r8"]["layout_share"]
+    assert data["rettention_whole_run_over_dense"].keys() == {"pixart", "hunyuan", "cogvideox"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here; the script would measure")
 def test_the_gpu_script_says_in_one_sentence_that_there_is_no_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "attention_gpu.py"), "--out", str(tmp_path / "r.json")]
