@@ -159,7 +159,7 @@ struct Few {
       }
       if (wanted) {
         for (long r = c.per_head; r < c.rows; r++) bits[r * BLOCK_PANELS] = bits[r % c.per_head * BLOCK_PANELS];
-        gather(c, mine, count, start, here);
+        gather(c, mine, count, start, here, p.lists.index ? listed : p.kv_len);
         cut_block = cut_block || what == Shows::some;
         block[count] = count;
         count++;
@@ -180,7 +180,7 @@ struct Few {
   }
 
   // Pack keys `start` … of the list, or of all keys, as panel `slot`; or, in place, multiply them right away.
-  void gather(const Chunk& c, Scratch& mine, long slot, long start, long count) const {
+  void gather(const Chunk& c, Scratch& mine, long slot, long start, long count, long end) const {
     const long steps = mine.rows.steps, kv = c.h / (p.heads / p.kv_heads);
     const Rows which{start, p.lists.index ? mine.list + start : nullptr};
     for (long j = 0; j < PANEL; j++) mine.where[slot * PANEL + j] = which[least(j, count - 1)];
@@ -190,6 +190,11 @@ struct Few {
           mine.rows_at[j] = row_at(p.k, p.type, c.b, kv, mine.where[slot * PANEL + j]);
           mine.rows_at[(slot + 1) * PANEL + j] = row_at(p.v, p.type, c.b, kv, mine.where[slot * PANEL + j]);
         }
+        const long bytes_k = p.dim * size_of(p.type), bytes_v = p.dim_v * size_of(p.type);
+        for (long j = 0; j < count; j++)  // the values are wanted soon, and then the next keys
+          for (long i = 0; i < bytes_v; i += 64) __builtin_prefetch(mine.rows_at[(slot + 1) * PANEL + j] + i, 0, 2);
+        for (long j = 0; j < least(PANEL, end - start - PANEL); j++)
+          for (long i = 0; i < bytes_k; i += 64) __builtin_prefetch(row_at(p.k, p.type, c.b, kv, which[PANEL + j]) + i, 0, 2);
         float* s = mine.rows.s + slot * PANEL;
         const float* q = reinterpret_cast<const float*>(mine.rows.queries);
         p.type == Type::bf16 ? all_dots<true>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL)

@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -28,6 +29,37 @@ void* allocate(std::size_t bytes) {
   if (!p) throw std::bad_alloc();
   return p;
 }
+
+}  // namespace
+
+namespace {
+
+// Torch's own threads, where they are GNU OpenMP's. They spin for a while after torch's last operation and would fight with
+// threads of ours for the processors; so a job runs on them. A forked child must not use its parent's team.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+Parallel torch_threads() {
+  static const pid_t home = getpid();
+  static const Parallel found = [] {
+    void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel")) : nullptr;
+  }();
+  return getpid() == home ? found : nullptr;
+}
+
+struct Team {
+  std::atomic<long> next{0};
+  std::atomic<int> worker{0};
+  long tasks;
+  void (*task)(void*, long, int);
+  void* context;
+
+  static void work(void* self) {
+    Team& t = *static_cast<Team*>(self);
+    const int worker = t.worker.fetch_add(1);
+    for (long i; (i = t.next.fetch_add(1, std::memory_order_relaxed)) < t.tasks;) t.task(t.context, i, worker);
+  }
+};
 
 }  // namespace
 
@@ -80,6 +112,14 @@ void Pool::run(int threads, long tasks, void (*task)(void*, long, int), void* co
   int helpers = (int)(threads < tasks ? threads : tasks) - 1;
   if (!state || helpers < 1) {
     for (long i = 0; i < tasks; i++) task(context, i, 0);
+    return;
+  }
+  if (Parallel parallel = torch_threads()) {
+    Team team{};
+    team.tasks = tasks;
+    team.task = task;
+    team.context = context;
+    parallel(Team::work, &team, (unsigned)helpers + 1, 0);
     return;
   }
   State& s = *state;

@@ -17,6 +17,7 @@ import torch
 from foveal.core.base_mask import BaseMask
 from foveal.core.budget import Budget
 from foveal.core.context import SelectContext
+from foveal.kernels.dispatch import missing
 from foveal.patterns import DHSA, SlidingWindow
 from foveal.policies import Policy
 from foveal.recipes.dhsa_record import Recorded
@@ -165,4 +166,21 @@ def test_the_gpu_script_says_in_one_sentence_that_there_is_no_gpu(tmp_path: Path
     assert (
         done.stderr.strip()
         == "attention_gpu.py needs a CUDA GPU, and torch sees none here; run it on a machine with one."
+    )
+
+
+@pytest.mark.skipif(missing("native") is not None, reason="the C++ kernels are not built")
+def test_native_speed(tmp_path: Path) -> None:
+    data = script("native_speed.py", tmp_path / "r.json", "--scale", "0.03", "--repeats", "1", "--no-flex")
+    cases = {
+        f"{what}_{name}"
+        for what in ("forward", "causal", "dim128", "decode", "backward")
+        for name in ("float32", "bfloat16")
+    }
+    assert cases <= data["cases"].keys()
+    for row in data["cases"].values():
+        assert row["native"]["best_share_of_peak"] > 0
+    assert (
+        data["targets"]["forward_over_sdpa_float32"]["reached"]
+        == (data["cases"]["forward_float32"]["native"]["times_faster_than_sdpa"]["median"])
     )
