@@ -284,22 +284,26 @@ def test_low_precision_stays_in_its_error_budget(row: Row, dtype: torch.dtype, i
         with pytest.raises(UnsupportedError, match=re.escape(reasons[0])):
             run(*low, layout, host, impl)
         return
+    leaves = [t.clone().requires_grad_() for t in low]
+    trains = not refusals(impl, AttentionCall(*leaves, layout, host.base(), 1.0))
+    assert trains or impl != "gather"
     *_, seen = loop(*low, layout, host)
     weight = torch.randn(low[0].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def solve(how: Any, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.to(dtype).requires_grad_() for t in low]
+        inputs = [t.to(dtype).requires_grad_(trains) for t in low]
         out = how(*inputs)
         assert out.dtype == dtype
+        if not trains:
+            return [out]
         return [out.detach(), *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)]
 
     exact = solve(lambda q, k, v: masked(q, k, v, seen > 0), torch.float64)
     naive = solve(lambda q, k, v: plain(q, k, v, seen > 0), dtype)
     got = solve(lambda q, k, v: run(q, k, v, layout, host, impl, return_lse=False)[0], dtype)
     size = max(float(t.abs().max()) for t in exact)  # gradients of q and k are differences of terms as large as this
-    for what, a, b, c in zip(
-        ("out", "gradient of q", "gradient of k", "gradient of v"), got, naive, exact, strict=True
-    ):
+    names = ("out", "gradient of q", "gradient of k", "gradient of v")
+    for what, a, b, c in zip(names[: len(got)], got, naive, exact, strict=True):
         within_budget(a, b, c, dtype, size, f"{impl} {what}")
 
 
