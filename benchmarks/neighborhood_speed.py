@@ -53,13 +53,9 @@ class Case:
     causal: bool | tuple[bool, ...] = False
 
     def scaled(self, factor: float) -> Case:
-        if factor == 1:
-            return self
-        rank = len(self.grid)
-        return Case(
-            self.name, *(tuple(max(2, int(n * factor)) for n in x) for x in (self.grid, self.window)), (1,) * rank,
-            (2,) * rank, (2,) * rank, 1, self.natten, self.causal,
-        )  # fmt: skip
+        sizes = (self.grid, self.window, self.stride, self.q_tile, self.aligned)
+        grid, window, stride, q_tile, aligned = (tuple(max(1, round(n * factor)) for n in x) for x in sizes)
+        return Case(self.name, grid, window, stride, q_tile, aligned, self.heads, self.natten, self.causal)
 
 
 CASES = [
@@ -151,7 +147,7 @@ def measure_case(case: Case, repeats: int) -> dict[str, Any]:
         if case.natten:
             job, row["natten"] = natten_job(case, q, k, v)  # type: ignore[assignment]
             if job is not None:
-                seconds = interleaved({"natten": job, "rows": jobs["rows"]}, 2)
+                seconds = interleaved({"natten": job, "rows": jobs["rows"]}, 2, warmup=0)
                 error = job().flatten(1, -3).transpose(1, 2)[:, :1].double() - exact
                 row["over_natten"] = {
                     **speedups(seconds, "natten")["rows"].json(),

@@ -10,22 +10,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from foveal.core.budget import Budget
+from foveal.core.context import Selection
 from foveal.patterns import (
     DHSA,
+    Anchor,
     BlockTopK,
     Dense,
     Disc,
     FrameBand,
+    MoBA,
     Neighborhood,
     Pattern,
+    Reuse,
     SlidingWindow,
     SparseD,
+    TokenTopK,
     Triangle,
+    VMoBA,
+    XAttention,
 )
 
-from .support import Host
+from .support import Host, context
 
 Keeps = Callable[[Host, int, np.ndarray, np.ndarray], np.ndarray]
 
@@ -42,6 +50,7 @@ class Row:
         block: rows that are selected together; pieces of a prompt end on multiples of it.
         wrong: values out of range, ``(field, value)``.
         refuses: hosts that the pattern refuses with ``UnsupportedError``.
+        per_group: chooses once for the query heads of a key head, so that repeating keys gives each head a choice of its own.
         extra: further fields of ``SelectContext``, made from q, k and the host.
     """
 
@@ -52,6 +61,7 @@ class Row:
     wrong: tuple[tuple[str, Any], ...] = ()
     refuses: frozenset[str] = frozenset()
     extra: Callable[..., dict[str, Any]] | None = None
+    per_group: bool = False
 
 
 def near(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int) -> np.ndarray:
@@ -59,6 +69,14 @@ def near(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: i
     own = host.first + i
     ahead = host.kv_len if host.causal else window
     return ((own - window < j) & (j < own + ahead)) | (host.rank(b, j) < sinks)
+
+
+def near_blocks(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int, block: int) -> np.ndarray:
+    """The definition of a window of whole blocks of positions: the own block and those before it (and after it)."""
+    own = host.rank(b, host.first + i)
+    away = own.clip(0) // block - np.floor_divide(host.rank(b, j) + own * 0, block)
+    ahead = host.kv_len if host.causal else window // block
+    return ((away < window // block) & (away > -ahead)) | (host.rank(b, j) < sinks)
 
 
 def triangle(host: Host, b: int, i: np.ndarray, j: np.ndarray, window: int, sinks: int, rows: int) -> np.ndarray:
@@ -110,6 +128,52 @@ DHSA_WRONG = (
 )
 NOT_CAUSAL = frozenset({"bidirectional", "encoder, padding", "cross"})
 
+CROSS = frozenset({"cross"})
+
+
+def grid_of(host: Host) -> tuple[int, int, int]:
+    """Frames of 5×2 tokens for the longest sequence; where it is causal the last frame may be cut short."""
+    longest = max((n for row in host.documents for n in row), default=0)
+    longest = longest or max(host.kv_len - left - right for left, right in host.pads or ((0, 0),))
+    return -(-longest // 10), 5, 2
+
+
+def vmoba(refuses: frozenset[str] = CROSS, **fields: Any) -> Row:
+    """A row of VMoBA over a grid that fits the host; the middle entry of ``blocks`` is used, so that the cycle is too."""
+    few = VMoBA(**{"blocks": ((99,), (8,), (99,))} | fields)
+    wrong = (
+        ("threshold", -0.1),
+        ("threshold", 1.5),
+        ("dense_steps", -1),
+        ("blocks", ()),
+        ("top_k", (0,)),
+        ("grid", (0, 2)),
+    )
+    full = replace(few, threshold=1.0, top_k=(1 << 20,) if few.top_k else ())
+    return Row(
+        few, full, extra=lambda q, k, host: {"grid": grid_of(host), "layer_index": 4}, wrong=wrong, refuses=refuses
+    )
+
+
+def first_blocks(host: Host, b: int, i: np.ndarray, j: np.ndarray, block: int) -> np.ndarray:
+    """The definition of MoBA with ``top_k = 1``: the query's own block, counted inside its sequence.
+
+    Rows of padding after a sequence belong to its last token.
+    """
+    last = host.kv_len - 1 - (host.pads[b][1] if host.pads else 0)
+    own = np.clip(host.first + i, 0, last)
+    return host.rank(b, own) // block == host.rank(b, j) // block
+
+
+CHOOSES = BlockTopK(Budget(tokens=60), q_block=16, kv_block=8, sinks=2)
+
+
+def after_choices(q: Tensor, k: Tensor, host: Host) -> dict[str, Any]:
+    """A third layer: layer 0 chose, layer 1 was dense."""
+    layout, state = CHOOSES.select(q, k, context(host))
+    return {"layer_index": 2, "earlier": {0: Selection(layout, state), 1: Selection(None, None)}}
+
+
 PATTERNS: dict[str, Row] = {
     "dense": Row(Dense(), Dense(), lambda host, b, i, j: i + j >= 0),
     "sliding_window": Row(
@@ -125,6 +189,15 @@ PATTERNS: dict[str, Row] = {
         SlidingWindow(window=130, sinks=129),
         SlidingWindow(window=1 << 20, sinks=1 << 20),
         lambda host, b, i, j: near(host, b, i, j, 130, 129),
+    ),
+    "sliding_window-blocks": Row(
+        SlidingWindow(window=32, sinks=3, block=8),
+        SlidingWindow(window=1 << 20, block=1 << 5),
+        lambda host, b, i, j: near_blocks(host, b, i, j, 32, 3, 8),
+        wrong=(("block", 0), ("block", 7)),
+    ),
+    "triangle-blocks": Row(
+        Triangle(window=24, sinks=5, dense_rows=16, block=12), Triangle(window=1, sinks=0, dense_rows=1 << 20)
     ),
     "triangle": Row(
         Triangle(window=24, sinks=5, dense_rows=16),
@@ -228,6 +301,43 @@ PATTERNS: dict[str, Row] = {
         per_head=True,
         decode="reconstructed",
     ),
+    "moba": Row(
+        MoBA(block=16, top_k=3), MoBA(block=16, top_k=1 << 20), refuses=CROSS, wrong=(("block", 0), ("top_k", 0))
+    ),
+    "moba-1": Row(
+        MoBA(block=13, top_k=1),
+        MoBA(block=1 << 20, top_k=1),
+        lambda host, b, i, j: first_blocks(host, b, i, j, 13),
+        refuses=CROSS,
+    ),
+    "moba-short": Row(MoBA(block=5, top_k=6), MoBA(block=5, top_k=1 << 20), refuses=CROSS),
+    "vmoba": vmoba(blocks=((99,), (1, 2, 0), (99,))),
+    "vmoba-box-topk": vmoba(blocks=((99,), (0, 2, 1), (99,)), top_k=(99, 2, 99)),
+    "vmoba-query": vmoba(scope="query_head", threshold=0.4),
+    "vmoba-query-topk": vmoba(scope="query_head", top_k=(3,)),
+    "vmoba-block": vmoba(scope="block", threshold=0.3, strict=True),
+    "vmoba-overall": vmoba(scope="overall"),
+    "token_topk": Row(
+        TokenTopK(Budget(tokens=20), sinks=2, local=3),
+        TokenTopK(Budget(tokens=1 << 20)),
+        per_group=True,
+        wrong=(("q_block", 0), ("sinks", -1), ("local", -1)),
+    ),
+    "token_topk-density": Row(
+        TokenTopK(Budget(density=0.3), q_block=16, sinks=0, per_head=True),
+        TokenTopK(Budget(density=1.0), q_block=16),
+        block=16,
+    ),
+    "token_topk-mass": Row(TokenTopK(Budget(mass=0.7), sinks=1, local=2), TokenTopK(Budget(mass=1.0)), per_group=True),
+    "xattention": Row(
+        XAttention(Budget(mass=0.5), stride=4, block=16),
+        XAttention(Budget(mass=1.0)),
+        block=16,
+        wrong=(("stride", 0), ("block", 0), ("stride", 24)),
+    ),
+    "reuse": Row(Reuse(0), Reuse(1), extra=after_choices, block=16, wrong=(("layer", -1),)),
+    "reuse-nearest": Row(Reuse(), Reuse(1), extra=after_choices, block=16),
+    "anchor": Row(Anchor(CHOOSES), Anchor(CHOOSES), lambda host, b, i, j: i + j >= 0),
 }
 
 HOSTS: dict[str, Host] = {

@@ -6,6 +6,7 @@ Neither uses ``foveal.core.base_mask`` nor ``foveal.kernels``: a mistake there c
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,17 +183,28 @@ def _columns(tiles: Tensor, width: int, kv_len: int) -> Tensor:
     return keys[keys < kv_len]
 
 
+_owners: weakref.WeakKeyDictionary[Groups, dict[int, list[list[int]]]] = weakref.WeakKeyDictionary()
+
+
+def _keys_by_query(groups: Groups) -> dict[int, list[list[int]]]:
+    """The key lists of every query id, remembered for as long as the layout lives."""
+    if groups not in _owners:
+        found: dict[int, list[list[int]]] = {}
+        for g in range(groups.cu_q.numel() - 1):
+            keys = groups.k_index[groups.cu_k[g] : groups.cu_k[g + 1]].tolist()
+            for query in groups.q_index[groups.cu_q[g] : groups.cu_q[g + 1]].tolist():
+                found.setdefault(query, []).append(keys)
+        _owners[groups] = found
+    return _owners[groups]
+
+
 def _sets(groups: Groups, b: int, h: int, i: int, shape: tuple[int, int, int, int]) -> list[list[int]]:
     heads, kv_heads, q_len, kv_len = shape
     mine = (b * heads + h) * q_len + i if groups.per_head else b * q_len + i
     head = h // (heads // kv_heads)
     begin = ((b * kv_heads + head) if groups.per_head else b) * kv_len
-    found = []
-    for g in range(groups.cu_q.numel() - 1):
-        if mine in groups.q_index[groups.cu_q[g] : groups.cu_q[g + 1]].tolist():
-            ids = groups.k_index[groups.cu_k[g] : groups.cu_k[g + 1]].tolist()
-            found.append([j - begin for j in ids if begin <= j < begin + kv_len])
-    return found
+    found = _keys_by_query(groups).get(mine, [])
+    return [[j - begin for j in keys if begin <= j < begin + kv_len] for keys in found]
 
 
 def loop(

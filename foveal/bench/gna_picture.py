@@ -14,6 +14,10 @@ from .gna_simulator import Problem, Simulation, simulate, tile_visits
 FREE, VISITED, SOME, ALL = 0, 1, 2, 3
 """A key: not visited; in a visited tile but hidden from the whole query tile; seen by some of its queries; seen by all."""
 
+COLOURS = ("#f4f4f4", "#f2b8a0", "#8fb8de", "#2f6db3")
+LABELS = ("not visited", "visited for nothing", "seen by some queries", "seen by all queries")
+"""Of the four levels, in pictures."""
+
 _SIGNS = {FREE: "·", VISITED: "░", SOME: "▒", ALL: "█"}
 
 
@@ -85,7 +89,7 @@ def terminal(problem: Problem, tile: tuple[int, ...] | None = None, width: int =
 
 def draw(problem: Problem, path: Path | str, found: Simulation | None = None) -> None:
     """Write the map as PNG: all tokens for one or two axes, evenly spaced planes of axis 0 for three."""
-    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
@@ -99,18 +103,16 @@ def draw(problem: Problem, path: Path | str, found: Simulation | None = None) ->
         touched = (keys > FREE).flatten(1).any(-1).nonzero()[:, 0].tolist()
         picked = sorted({touched[round(i * (len(touched) - 1) / 3)] for i in range(4)} | {query[0][0]})
         planes = [(int(i), keys[i]) for i in picked]
-    colours = ("#f4f4f4", "#f2b8a0", "#8fb8de", "#2f6db3")
     figure = Figure(figsize=(3.2 * len(planes) + 1, 3.6), layout="constrained")
     for i, (plane, image) in enumerate(planes):
         ax = figure.add_subplot(1, len(planes), i + 1)
-        ax.imshow(image.numpy(), cmap=ListedColormap(colours), norm=BoundaryNorm(range(-1, 4), 4), aspect="auto" if image.shape[0] == 1 else "equal")  # fmt: skip
+        ax.imshow(image.numpy(), cmap=ListedColormap(COLOURS), vmin=0, vmax=3, aspect="auto" if image.shape[0] == 1 else "equal")  # fmt: skip
         (top, bottom), (left, right) = query[-2:]
         if plane is None or query[0][0] <= plane < query[0][1]:
             ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, lw=1.8, ec="black"))
         ax.set_title("" if plane is None else f"plane {plane} of axis 0", fontsize=9)
         ax.tick_params(labelsize=7)
-    labels = ("not visited", "visited for nothing", "seen by some queries", "seen by all queries")
-    handles = [Patch(fc=c, ec="#999999", label=text) for c, text in zip(colours, labels, strict=True)]
+    handles = [Patch(fc=c, ec="#999999", label=text) for c, text in zip(COLOURS, LABELS, strict=True)]
     handles.append(Patch(fill=False, ec="black", label="query tile"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     axes = problem.axes

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..core.grid import Axis
 from ..patterns.neighborhood import Neighborhood
-from ..patterns.neighborhood_layout import row_major_touches
+from ..patterns.neighborhood_tiles import row_major_touches
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def tune(
     search: Annotated[bool, typer.Option(help="Also search a policy layer by layer.")] = True,
     search_texts: Annotated[
         int, typer.Option(help="Pieces of the text that a searched policy must hold on, as far as the text reaches.")
-    ] = 3,
+    ] = 2,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code of its own.")
     ] = False,

@@ -124,18 +124,49 @@ def _dense_listed(base: BaseMask, batch: int, block_size: int) -> int:
 
 
 def _groups(layout: Groups, base: BaseMask, batch: int, num_heads: int, num_kv_heads: int, allowed: int) -> Density:
-    pairs, listed = 0, 0
-    q_all, k_all = layout.q_index, layout.k_index
-    for g in range(layout.cu_q.numel() - 1):
-        q = q_all[layout.cu_q[g] : layout.cu_q[g + 1]]
-        k = k_all[layout.cu_k[g] : layout.cu_k[g + 1]]
-        listed += q.numel() * k.numel()
-        for rows in q.split(1024):
-            b = rows // (base.q_len * (num_heads if layout.per_head else 1))
-            pairs += int(
-                base.allowed(
-                    b[:, None], torch.zeros_like(b)[:, None], (rows % base.q_len)[:, None], (k % base.kv_len)[None]
-                ).sum()
-            )
+    n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
+    pairs = (
+        _group_pairs(layout, base, num_heads) if base.predicate is None else _predicate_pairs(layout, base, num_heads)
+    )
     repeat = 1 if layout.per_head else num_heads
-    return Density(pairs * repeat, allowed, float(listed * repeat), float(allowed))
+    return Density(pairs * repeat, allowed, float((n_q * n_k).sum() * repeat), _dense_tiles(base, batch) * num_heads)
+
+
+def _dense_tiles(base: BaseMask, batch: int, size: int = 128) -> float:
+    """Pairs in the tiles that a dense kernel with tiles of ``size`` computes, over all batch rows."""
+    reach = base.block_map(size, size) > EMPTY
+    rows, keys = (
+        (n - torch.arange(count, device=base.device) * size).clamp(max=size)
+        for n, count in zip((base.q_len, base.kv_len), reach.shape[1:], strict=True)
+    )
+    return float((reach * rows[:, None] * keys).sum()) * (batch // reach.shape[0])
+
+
+def _group_pairs(layout: Groups, base: BaseMask, num_heads: int) -> int:
+    """Visible pairs: for every query, the keys of its group that lie in its interval and are no padding."""
+    groups = torch.arange(layout.cu_q.numel() - 1, device=base.device)
+    q_group, k_group = (torch.repeat_interleave(groups, cu.diff()) for cu in (layout.cu_q, layout.cu_k))
+    row = layout.q_index % base.q_len
+    b = layout.q_index // (base.q_len * (num_heads if layout.per_head else 1))
+    of_group = torch.zeros_like(groups).scatter(0, q_group, b)
+    key = layout.k_index % max(base.kv_len, 1)
+    if base.valid is not None:
+        real = base.valid[of_group[k_group] if base.valid.shape[0] > 1 else 0, key]
+        key, k_group = key[real], k_group[real]
+    ranked = (k_group * (base.kv_len + 1) + key).sort().values
+    line = b if base.lo.shape[0] > 1 else 0
+    lo, hi = (torch.searchsorted(ranked, q_group * (base.kv_len + 1) + x[line, row]) for x in (base.lo, base.hi))
+    return int((hi - lo).sum())
+
+
+def _predicate_pairs(layout: Groups, base: BaseMask, num_heads: int) -> int:
+    pairs = 0
+    for g in range(layout.cu_q.numel() - 1):
+        k = layout.k_index[layout.cu_k[g] : layout.cu_k[g + 1]]
+        for rows in layout.q_index[layout.cu_q[g] : layout.cu_q[g + 1]].split(1024):
+            b = rows // (base.q_len * (num_heads if layout.per_head else 1))
+            seen = base.allowed(
+                b[:, None], torch.zeros_like(b)[:, None], (rows % base.q_len)[:, None], (k % base.kv_len)[None]
+            )
+            pairs += int(seen.sum())
+    return pairs

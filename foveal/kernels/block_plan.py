@@ -136,17 +136,17 @@ def _cuts(
     if bool(model.any()):
         reads_batch, reads_head = base.batch > 1, False
         if base.predicate is not None:
-            also = _reads(call, base.predicate)
+            also = reads(call, base.predicate)
             reads_batch, reads_head = reads_batch or also[0], also[1]
         out.append(_cut(call, base.mask_mod(), model, joint, size, reads_batch, reads_head))
     if mask is not None and mask.mask_mod is not noop_mask:
         own = kinds == PARTIAL  # whole tiles never ask the mask's own mask_mod
         if bool((own & (joint > 0)).any()):
-            out.append(_cut(call, mask.mask_mod, own, joint, size, *_reads(call, mask.mask_mod)))
+            out.append(_cut(call, mask.mask_mod, own, joint, size, *reads(call, mask.mask_mod)))
     return out
 
 
-def _reads(call: AttentionCall, mod: Predicate) -> tuple[bool, bool]:
+def reads(call: AttentionCall, mod: Predicate) -> tuple[bool, bool]:
     """Whether a condition may depend on the batch row and on the head, from the shape of its answer for one pair."""
     batch, heads = call.q.shape[:2]
     b, h = (torch.arange(n, device=call.q.device) for n in (batch, heads))

@@ -9,13 +9,14 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..core.base_mask import BaseMask
 from ..core.context import SelectContext
 from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..core.layouts import BlockMask, Groups, KeySelection, Layout
-from . import flex, gather, reference, sdpa
+from . import flex, gather, native, reference, sdpa
 from .call import AttentionCall
 from .merge import add_sink
 
@@ -56,7 +57,9 @@ class Explanation:
 @functools.cache
 def missing(impl: str) -> str | None:
     """Why an implementation is not available on this machine at all, or None."""
-    if impl in ("native", "triton"):
+    if impl == "native":
+        return native.unavailable()
+    if impl == "triton":
         try:
             importlib.import_module(f"foveal.kernels.{impl}")
         except ImportError:
@@ -67,7 +70,7 @@ def missing(impl: str) -> str | None:
 
 
 def _module(impl: str) -> Any:
-    known = {"reference": reference, "gather": gather, "sdpa": sdpa, "flex": flex}
+    known = {"reference": reference, "gather": gather, "sdpa": sdpa, "native": native, "flex": flex}
     return known[impl] if impl in known else importlib.import_module(f"foveal.kernels.{impl}")
 
 
@@ -85,6 +88,8 @@ def _order(call: AttentionCall) -> list[tuple[str, str]]:
     cuda = call.q.device.type == "cuda"
     if call.layout is None:
         order = [("native", "C++ kernel"), ("sdpa", "torch's own dense kernel is the fastest dense path here")]
+        if _suits_sdpa(call):
+            order.reverse()
         if cuda:
             order.append(("flex", "dense with a mask that SDPA would have to materialise"))
         return [*order, ("gather", "dense, tile by tile, without an N×N mask")]
@@ -92,6 +97,16 @@ def _order(call: AttentionCall) -> list[tuple[str, str]]:
     if cuda and isinstance(call.layout, BlockMask):
         return [own, ("flex", "compiled block-sparse kernel"), ("gather", "plain PyTorch block-sparse")]
     return [own, ("gather", "really skips what the layout drops, with gradients, on any device")]
+
+
+SMALL = 1 << 22
+"""Multiply-adds below which what a call costs apart from its work decides."""
+
+
+def _suits_sdpa(call: AttentionCall) -> bool:
+    """Whether torch's dense kernel is the quicker one on CPU: small calls, and one float32 row against a cache."""
+    work = call.q.shape[:3].numel() * call.k.shape[2] * (call.q.shape[3] + call.v.shape[3])
+    return work < SMALL or (call.q.shape[2] == 1 and call.q.dtype == torch.float32)
 
 
 def pick(call: AttentionCall) -> str:

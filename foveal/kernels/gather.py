@@ -6,6 +6,8 @@ Only kept blocks, keys or groups are gathered; everything else costs nothing. Ea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ from .block_plan import block_plan
 from .call import AttentionCall, compute_dtype
 from .group_plan import direct_plan, group_plan
 from .list_plan import list_plan, one_row
-from .ragged import Scores, attend_rows
+from .merged import attend_merged
+from .ragged import Plan, Scores, attend_rows
 
 CPU_SCORES = 1 << 19
 """Score elements per batch on CPU: a float32 buffer of this size fits the second-level caches of two cores."""
@@ -79,29 +82,33 @@ def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
 
 
 def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
-    """Each membership of a query in a group is one row; memberships of one query are then merged or averaged."""
+    """One softmax over all groups of a query, or the mean of one softmax for each."""
     batch, heads, q_len = call.q.shape[:3]
     direct = direct_plan(call, layout, _budget(call.q.device))
     if direct is not None:
         out, lse = attend_rows(_flat(call.q), _flat(call.k), _flat(call.v), direct, _scores(call), call.bias)
         return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
     owner, plan = group_plan(call, layout, _budget(call.q.device))
-    rows = torch.cat([owner, owner.new_zeros(1)])  # the last row takes what pads a bucket; it sees nothing
-    out, lse = attend_rows(_flat(call.q)[rows], _flat(call.k), _flat(call.v), plan, _scores(call), call.bias)
-    out, lse = out[:-1], lse[:-1]
     total = batch * heads * q_len
-    lse_all = torch.full((total,), -torch.inf, dtype=lse.dtype, device=lse.device)
-    top = lse_all.scatter_reduce(0, owner, lse.detach(), "amax")
+    spare = call.q.new_zeros(
+        1, call.q.shape[3]
+    )  # takes what pads a bucket; its logits are 0, and nobody reads its output
+    k, v = _flat(call.k), _flat(call.v)
+    if layout.combine == "softmax":
+        q = torch.cat([_flat(call.q), spare])
+        rows = torch.cat([owner, owner.new_full((1,), total)])
+        merged = Plan(lambda: (replace(b, q_rows=rows[b.q_rows]) for b in plan.batches()), key_reads=plan.key_reads)
+        out, lse = attend_merged(q, k, v, merged, _scores(call), call.bias)
+        return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
+    q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row
+    out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias)
+    out, lse = out[:-1].to(lse.dtype), lse[:-1]
+    count = torch.zeros(total, dtype=lse.dtype, device=lse.device).index_add(0, owner, torch.ones_like(lse))
+    mean = torch.zeros(total, out.shape[-1], dtype=lse.dtype, device=out.device)
+    mean = mean.index_add(0, owner, out / count[owner, None])
+    top = torch.full_like(count, -torch.inf).scatter_reduce(0, owner, lse.detach(), "amax")
     safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    weight = torch.exp(lse - safe[owner])
-    norm = torch.zeros_like(safe).index_add(0, owner, weight)
+    norm = torch.zeros_like(safe).index_add(0, owner, torch.exp(lse - safe[owner]))
     seen = norm > 0
     merged_lse = torch.where(seen, torch.log(torch.where(seen, norm, torch.ones_like(norm))) + safe, -torch.inf)
-    if layout.combine == "mean":
-        share = torch.zeros_like(safe).index_add(0, owner, torch.ones_like(lse)).clamp(min=1)
-        weight = 1.0 / share[owner]
-    else:
-        weight = weight / torch.where(seen, norm, torch.ones_like(norm))[owner]
-    merged = torch.zeros(total, out.shape[-1], dtype=lse.dtype, device=out.device)
-    merged = merged.index_add(0, owner, out.to(lse.dtype) * weight[:, None])
-    return merged.to(call.q.dtype).view(batch, heads, q_len, -1), merged_lse.view(batch, heads, q_len)
+    return mean.to(call.q.dtype).view(batch, heads, q_len, -1), merged_lse.view(batch, heads, q_len)

@@ -58,12 +58,14 @@ class Plan:
         batches: called once for forward and once for backward.
         q_unit, k_unit: consecutive rows per unit.
         key_reads: how many key rows all batches gather together, roughly; decides how half precision is converted.
+        covers: every row of q is written by a batch, so that outputs need no initial value.
     """
 
     batches: Callable[[], Iterable[Batch]]
     q_unit: int = 1
     k_unit: int = 1
     key_reads: int = 0
+    covers: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class _Ragged(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
-        out = torch.zeros(q.shape[0], dv, dtype=q.dtype, device=q.device)
+        out = (torch.empty if plan.covers else torch.zeros)(q.shape[0], dv, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
         kf, vf = _key_units(k, v, plan, dtype)

@@ -6,6 +6,8 @@ Slow, O(N²) in memory, and the oracle of every test. Reads like the equation
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,11 @@ def visible_pairs(call: AttentionCall) -> Tensor:
         tile = kinds[b, h, q // layout.BLOCK_SIZE[0], k // layout.BLOCK_SIZE[1]]
         inside = layout.mask_mod(b, h, q, k)
         return seen & ((tile == 2) | ((tile == 1) & inside))
+    if isinstance(layout, Groups):
+        pairs = torch.zeros_like(seen)
+        for q_set, k_set in _sets(call, layout):
+            pairs = pairs | (q_set[..., None] & k_set[:, :, None])
+        return seen & pairs
     assert isinstance(layout, KeySelection)
     kept = torch.zeros(batch, heads, base.q_len, base.kv_len + 1, dtype=torch.bool, device=device)
     for block in range(layout.index.shape[2]):
@@ -70,27 +77,34 @@ def visible_pairs(call: AttentionCall) -> Tensor:
     return seen & kept[..., : base.kv_len]
 
 
-def _attend_groups(call: AttentionCall, logits: Tensor, v: Tensor, layout: Groups) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, kv_len = logits.shape
-    kv_heads = call.k.shape[1]
-    device = logits.device
-    base = call.base.dense(batch)
-    member = torch.zeros(batch, heads, q_len, dtype=logits.dtype, device=device)
-    outs = torch.zeros(batch, heads, q_len, v.shape[-1], dtype=logits.dtype, device=device)
-    count = torch.zeros(batch, heads, q_len, kv_len, dtype=logits.dtype, device=device)
+def _sets(call: AttentionCall, layout: Groups) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every group its queries ``(B, H, Nq)`` and keys ``(B, H, Nk)``, bool."""
+    batch, heads, q_len = call.q.shape[:3]
+    kv_heads, kv_len = call.k.shape[1:3]
     for g in range(layout.cu_q.numel() - 1):
-        q_set = torch.zeros(batch, heads, q_len, dtype=torch.bool, device=device)
-        k_set = torch.zeros(batch, heads, kv_len, dtype=torch.bool, device=device)
+        q_set = torch.zeros(batch, heads, q_len, dtype=torch.bool, device=call.q.device)
+        k_set = torch.zeros(batch, heads, kv_len, dtype=torch.bool, device=call.q.device)
         q_ids = layout.q_index[layout.cu_q[g] : layout.cu_q[g + 1]]
         k_ids = layout.k_index[layout.cu_k[g] : layout.cu_k[g + 1]]
         if layout.per_head:
             q_set.view(-1)[q_ids] = True
-            per_kv = torch.zeros(batch, kv_heads, kv_len, dtype=torch.bool, device=device)
+            per_kv = torch.zeros(batch, kv_heads, kv_len, dtype=torch.bool, device=call.q.device)
             per_kv.view(-1)[k_ids] = True
             k_set = per_kv.repeat_interleave(call.groups, 1)
         else:
             q_set[q_ids // q_len, :, q_ids % q_len] = True
             k_set[k_ids // kv_len, :, k_ids % kv_len] = True
+        yield q_set, k_set
+
+
+def _attend_groups(call: AttentionCall, logits: Tensor, v: Tensor, layout: Groups) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, kv_len = logits.shape
+    device = logits.device
+    base = call.base.dense(batch)
+    member = torch.zeros(batch, heads, q_len, dtype=logits.dtype, device=device)
+    outs = torch.zeros(batch, heads, q_len, v.shape[-1], dtype=logits.dtype, device=device)
+    count = torch.zeros(batch, heads, q_len, kv_len, dtype=logits.dtype, device=device)
+    for q_set, k_set in _sets(call, layout):
         seen = q_set[..., None] & k_set[:, :, None] & base[:, None]
         lse = torch.logsumexp(logits.masked_fill(~seen, -torch.inf), -1)
         outs = outs + _weights(logits, seen, lse) @ v

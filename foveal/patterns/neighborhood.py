@@ -16,7 +16,8 @@ from ..core.registry import register
 from ..core.serial import check_range, check_types
 from ..core.tiles import Tiling
 from .base import LookAhead, Pattern
-from .neighborhood_layout import Place, layout_of
+from .neighborhood_layout import layout_of
+from .neighborhood_place import Place
 
 
 @register("pattern", "neighborhood")

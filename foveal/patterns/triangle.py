@@ -11,7 +11,7 @@ from ..core.layouts import Layout
 from ..core.registry import register
 from ..core.serial import check_range, check_types
 from .base import LookAhead, Pattern
-from .static import window_layout
+from .static import check_block, window_layout
 
 
 @register("pattern", "triangle")
@@ -23,6 +23,7 @@ class Triangle(Pattern):
         window: tokens visible, counting the query itself.
         sinks: first tokens of the sequence, always visible.
         dense_rows: last rows of a prefill call that see everything (the question at the prompt's end).
+        block: the window counts whole blocks of this many positions, the query's own last; a divisor of ``window``.
 
     Which rows are last is known only at the end of a prefill call: feeding a prompt in chunks makes the last rows of
     *every* chunk dense, which keeps more, never less. ``look_ahead`` is therefore ``"prefill"``.
@@ -31,12 +32,14 @@ class Triangle(Pattern):
     window: int
     sinks: int = 64
     dense_rows: int = 128
+    block: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "window", low=1)
         check_range(self, "sinks", low=0)
         check_range(self, "dense_rows", low=0)
+        check_block(self, self.window, self.block)
 
     @property
     def static(self) -> bool:
@@ -49,6 +52,6 @@ class Triangle(Pattern):
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
         """A ``BlockMask`` for prefill; dense for calls of at most ``dense_rows`` rows, so for decoding."""
         base = ctx.base
-        if base.q_len <= max(self.dense_rows, 1) or (base.causal and self.window >= base.kv_len):
+        if base.q_len <= max(self.dense_rows, 1) or (base.causal and self.window - self.block + 1 >= base.kv_len):
             return None, state
-        return window_layout(base, self.window, self.sinks, self.dense_rows), state
+        return window_layout(base, self.window, self.sinks, self.dense_rows, whole=self.block), state

@@ -40,7 +40,7 @@ class TuneOptions:
     seed: int = 0
     decode_tokens: int = 256
     search: bool = True
-    search_texts: int = 3
+    search_texts: int = 2
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from foveal.core.base_mask import BaseMask
 from foveal.core.budget import Budget
 from foveal.core.context import SelectContext
+from foveal.kernels.dispatch import missing
 from foveal.patterns import DHSA, SlidingWindow
 from foveal.policies import Policy
 from foveal.recipes.dhsa_record import Recorded
@@ -62,6 +63,39 @@ def test_gather_memory(tmp_path: Path) -> None:
     assert rows.keys() == {"key_selection_1024", "groups_512"}
     worst = max(row["times_q_k_v"] for by_type in rows.values() for parts in by_type.values() for row in parts.values())
     assert data["targets"]["times_q_k_v"]["reached"] == worst
+
+
+def test_neighborhood_speed(tmp_path: Path) -> None:
+    cases = ("2d_64x64_w16_s8", "1d_8192_w512_s1")
+    out = tmp_path / "r.json"
+    data = script("neighborhood_speed.py", out, "--scale", "0.25", "--repeats", "1", "--cases", "1d_8192_w512_s1")
+    assert data["cases"].keys() == {"1d_8192_w512_s1"} and data["targets"] == {}
+    data = script("neighborhood_speed.py", out, "--scale", "0.5", "--repeats", "1", "--cases", cases[0])
+    row = data["cases"][cases[0]]
+    assert row["ways"].keys() == {"rows", "tiles", "ordered", "blocks"}
+    for way in row["ways"].values():
+        assert way["error"] < 1e-5 and way["density"] == 1 / 16 and way["tile_density"] >= way["density"]
+    assert data["targets"]["forward_over_sdpa"]["reached"] == row["forward"]["rows"]["times_faster_than_sdpa"]["median"]
+
+
+def test_neighborhood_picture(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "neighborhood_picture.py"), "--out", str(tmp_path / "p.png")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_patterns_dynamic(tmp_path: Path) -> None:
+    data = script(
+        "patterns_dynamic.py", tmp_path / "r.json", "--lengths", "512", "--memory-length", "512", "--repeats", "1"
+    )
+    rows = data["lengths"]["512"]
+    assert {"moba", "vmoba", "xattention", "reuse", "token_topk", "sdpa causal", "sdpa full", "sdpa one token"} <= set(
+        rows
+    )
+    row = rows["vmoba"]
+    assert row["target"] == pytest.approx(0.6 / row["tile_density"], rel=1e-3)
+    assert row["selection_share"] > 0 and rows["reuse"]["density"] == rows["block_topk"]["density"] < 1
+    assert data["memory"].keys() == rows.keys() - {"reuse", "sdpa causal", "sdpa full", "sdpa one token"}
 
 
 def test_decode(tmp_path: Path) -> None:
@@ -132,4 +166,21 @@ def test_the_gpu_script_says_in_one_sentence_that_there_is_no_gpu(tmp_path: Path
     assert (
         done.stderr.strip()
         == "attention_gpu.py needs a CUDA GPU, and torch sees none here; run it on a machine with one."
+    )
+
+
+@pytest.mark.skipif(missing("native") is not None, reason="the C++ kernels are not built")
+def test_native_speed(tmp_path: Path) -> None:
+    data = script("native_speed.py", tmp_path / "r.json", "--scale", "0.03", "--repeats", "1", "--no-flex")
+    cases = {
+        f"{what}_{name}"
+        for what in ("forward", "causal", "dim128", "decode", "backward")
+        for name in ("float32", "bfloat16")
+    }
+    assert cases <= data["cases"].keys()
+    for row in data["cases"].values():
+        assert row["native"]["best_share_of_peak"] > 0
+    assert (
+        data["targets"]["forward_over_sdpa_float32"]["reached"]
+        == (data["cases"]["forward_float32"]["native"]["times_faster_than_sdpa"]["median"])
     )

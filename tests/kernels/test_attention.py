@@ -15,7 +15,7 @@ import foveal
 from foveal.core.layouts import Groups
 from foveal.kernels import gather
 from foveal.kernels.call import AttentionCall
-from foveal.kernels.dispatch import compute
+from foveal.kernels.dispatch import compute, missing
 
 from ..strategies import Call, calls, finite, hosts, random_blocks, random_groups, random_lists
 from ..support import assert_close, loop
@@ -216,7 +216,15 @@ def test_a_key_in_two_groups_counts_once_per_group(combine: Any) -> None:
         assert lse.item() == pytest.approx(torch.tensor(3.0).log().item())
 
 
-@pytest.mark.parametrize("impl", ["reference", "gather", "auto"])
+@pytest.mark.parametrize(
+    "impl",
+    [
+        "reference",
+        "gather",
+        "auto",
+        pytest.param("native", marks=pytest.mark.skipif(missing("native") is not None, reason="not built")),
+    ],
+)
 @pytest.mark.parametrize("size", [(0, 5, 5), (1, 0, 5), (1, 5, 0), (1, 1, 0), (1, 0, 0)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_empty_tensors(impl: str, size: tuple[int, int, int], causal: bool) -> None:

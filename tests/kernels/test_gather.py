@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -9,8 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import foveal
-from foveal.core.base_mask import FULL
-from foveal.core.layouts import block_mask
+from foveal.core.base_mask import FULL, BaseMask
+from foveal.core.layouts import Groups, block_mask
+from foveal.kernels import gather
+from foveal.kernels.call import AttentionCall
+from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
 
 from ..strategies import Call
@@ -105,3 +110,63 @@ def test_peak_memory_is_below_ten_times_the_inputs(mask: SlidingWindow | None, b
     assert peak >= out.numel() * 4, "the profiler saw no allocation"
     assert peak <= 10 * inputs, f"peak {peak / 1e6:.0f} MB for {inputs / 1e6:.0f} MB of q, k and v"
     assert peak < scores / 2
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("run", [1, 4])
+def test_disjoint_groups_are_read_where_they_are(per_head: bool, run: int) -> None:
+    batch, heads, kv_heads, length = 2, 4, 2, 48
+    owners = batch * heads if per_head else batch
+    q_all, k_all = [], []
+    make = torch.Generator().manual_seed(run)
+    for owner in range(owners):
+        order = torch.randperm(length // run, generator=make)[:, None] * run + torch.arange(run)
+        q_all += [owner * length + part.reshape(-1) for part in order.split([4 // run, 8 // run, 36 // run])[:2]]
+        base = owner // (heads // kv_heads) if per_head else owner
+        for count in (8, 20):
+            rows = torch.randperm(length // run, generator=make)[: count // run, None] * run + torch.arange(run)
+            k_all.append(base * length + rows.reshape(-1))
+    ends = [torch.tensor([0, *(part.numel() for part in parts)]).cumsum(0) for parts in (q_all, k_all)]
+    groups = Groups(torch.cat(q_all), ends[0], torch.cat(k_all), ends[1], per_head)
+    q, k, v = (
+        torch.randn(batch, h, length, 6, dtype=torch.float64).requires_grad_() for h in (heads, kv_heads, kv_heads)
+    )
+    base_mask = BaseMask.build(length, length, causal=False)
+    plan = direct_plan(AttentionCall(q, k, v, groups, base_mask, 1.0), groups, 1 << 12)
+    assert plan is not None and (plan.q_unit, plan.k_unit) == (run, run)
+    out, expected = (foveal.attention(q, k, v, groups, impl=impl) for impl in ("gather", "reference"))
+    assert_close(out, expected)
+    assert int((out == 0).all(-1).sum()) == batch * heads * (length - 12), "queries of no group see nothing"
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected)), strict=True):
+        assert_close(a, b)
+    assert (
+        direct_plan(AttentionCall(q, k, v, groups, BaseMask.build(length, length, causal=True), 1.0), groups, 99)
+        is None
+    )
+
+
+@pytest.mark.parametrize("combine", ["softmax", "mean"])
+def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, combine: Any) -> None:
+    """Groups of up to 300 queries in pieces of 64, and queries in several pieces of one batch: as the reference."""
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 300, 5, generator=make, dtype=torch.float64) for h in (4, 2, 2))
+    sets = [(torch.arange(300), 7), (torch.arange(0, 300, 2), 50), (torch.arange(130), 50), (torch.tensor([299]), 300)]
+    q_index = torch.cat([rows for rows, _ in sets])
+    k_index = torch.cat([torch.randperm(300, generator=make)[:n] for _, n in sets])
+    cu_q = torch.tensor([0, *(len(rows) for rows, _ in sets)]).cumsum(0)
+    cu_k = torch.tensor([0, *(n for _, n in sets)]).cumsum(0)
+    layout = Groups(q_index, cu_q, k_index, cu_k, combine=combine)
+    weight = torch.randn(q.shape, generator=make, dtype=torch.float64)
+
+    def solve(impl: str) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = foveal.attention(*leaves, layout, causal=True, impl=impl, return_lse=True)
+        seen = lse > -torch.inf
+        loss = (out * weight).sum() + lse[seen].sum()
+        return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+    want = solve("reference")
+    monkeypatch.setattr(gather, "CPU_SCORES", 64)
+    for a, b in zip(solve("gather"), want, strict=True):
+        assert_close(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import Tensor
 from foveal import patterns
 from foveal.core import density
 from foveal.core.errors import UnsupportedError
-from foveal.core.layouts import BlockMask, Layout
+from foveal.core.layouts import BlockMask, KeySelection, Layout
 from foveal.kernels import flex
 from foveal.kernels.call import AttentionCall
+from foveal.kernels.dispatch import refusals
 from foveal.kernels.reference import visible_pairs
 from foveal.patterns import Pattern
 
@@ -105,6 +107,21 @@ def test_gradients_equal_dense_attention(row: str, host: str) -> None:
         assert_close(a, b, what=f"gradient of {name}")
 
 
+@cases
+def test_native_equals_the_loop_or_says_why_not(row: str, host: str) -> None:
+    q, k, v, layout, out, lse, _ = solved(row, host)
+    q, k, v = (t.float() for t in (q, k, v))
+    reasons = refusals("native", AttentionCall(q, k, v, layout, HOSTS[host].base(), 1.0))
+    if reasons:
+        with pytest.raises(UnsupportedError, match=re.escape(reasons[0])):
+            run(q, k, v, layout, HOSTS[host], "native")
+        return
+    got, got_lse = run(q, k, v, layout, HOSTS[host], "native")
+    assert_close(got, out, 1e-5, "native's out against the loop")
+    assert got_lse is not None
+    assert_close(got_lse, lse, 1e-5, "native's lse against the loop")
+
+
 @rows
 @pytest.mark.parametrize("host", ["causal-257", "bidirectional", "decode, left padding", "documents", "right padding"])
 def test_full_budget_is_dense(row: Row, host: str) -> None:
@@ -154,7 +171,10 @@ def test_grouped_heads_equal_repeated_keys(row: Row) -> None:
     layout, _ = select(row, row.pattern, q, k, host)
     out = run(q, k, v, layout, host)[0]
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    if not isinstance(layout, (BlockMask, type(None))):
+    if row.per_group:
+        assert isinstance(layout, KeySelection) and layout.index.shape[1] == 3
+        layout = KeySelection(layout.index.repeat_interleave(2, 1), layout.block_size)
+    elif not isinstance(layout, (BlockMask, type(None))):
         layout, _ = select(row, row.pattern, q, k, host)
     assert_close(run(q, k, v, layout, host)[0], out)
 
@@ -253,13 +273,15 @@ def within_budget(got: Tensor, naive: Tensor, exact: Tensor, dtype: torch.dtype,
 
 @rows
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", ["gather", "sdpa"])
+@pytest.mark.parametrize("impl", ["gather", "sdpa", "native"])
 def test_low_precision_stays_in_its_error_budget(row: Row, dtype: torch.dtype, impl: str) -> None:
     host = HOSTS["causal-129"]
     low = tensors(host, dim=32, dim_v=32, dtype=dtype)
     layout, _ = select(row, row.pattern, *low[:2], host)
-    if impl == "sdpa" and layout is not None:
-        with pytest.raises(UnsupportedError, match="sparse layout"):
+    reasons = refusals(impl, AttentionCall(*low, layout, host.base(), 1.0))
+    if reasons:
+        assert impl != "gather"
+        with pytest.raises(UnsupportedError, match=re.escape(reasons[0])):
             run(*low, layout, host, impl)
         return
     *_, seen = loop(*low, layout, host)

@@ -262,6 +262,16 @@ def test_shared_windows_become_exact_lists() -> None:
     assert exact.density == 256 / 4096 and exact.tile_density == exact.density
 
 
+@pytest.mark.parametrize("dilation", [(1, 2), (2, 1), (2, 3)])
+def test_lists_of_dilated_grids_follow_the_order_of_tiles(dilation: tuple[int, int]) -> None:
+    pattern = Neighborhood((13, 14), 4, 4, dilation, q_tile=(4, 2), kv_tile=(3, 2), layout="lists")
+    orders = pattern.tilings()
+    at = [order.permute(torch.arange(1, 183)[:, None])[:, 0] - 1 for order in orders]
+    seen = mask(pattern.axes())[at[0].clamp(min=0)][:, at[1].clamp(min=0)]
+    seen = seen & (at[0] >= 0)[:, None] & (at[1] >= 0)
+    assert torch.equal(pairs(layout_of(pattern, *seen.shape), *seen.shape), seen)
+
+
 def test_aligned_tiles_are_whole_and_ask_no_mask() -> None:
     layout = layout_of(Neighborhood((64, 64), 16, 8, q_tile=(8, 8), kv_tile=(4, 4)), 4096, 4096)
     assert isinstance(layout, BlockMask)

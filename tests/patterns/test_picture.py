@@ -10,9 +10,11 @@ from torch import Tensor
 
 from foveal.core.base_mask import BaseMask
 from foveal.core.context import SelectContext
+from foveal.core.errors import ConfigError
 from foveal.core.layouts import Groups
 from foveal.patterns import Pattern
 from foveal.patterns.picture import cells, draw, example_tensors
+from foveal.patterns.reuse import Reuse
 
 from ..matrix import PATTERNS
 from ..support import Host, listed
@@ -44,7 +46,11 @@ def brute(pattern: Pattern, causal: bool) -> Tensor:
     return kept & torch.from_numpy(host.dense())
 
 
-@pytest.mark.parametrize("name", [*PATTERNS, "pairs"])
+DRAWN = [name for name, row in PATTERNS.items() if not isinstance(row.pattern, Reuse)]
+"""Patterns that choose by themselves."""
+
+
+@pytest.mark.parametrize("name", [*DRAWN, "pairs"])
 def test_every_cell_counts_what_the_layout_lists(name: str) -> None:
     pattern = Pairs() if name == "pairs" else PATTERNS[name].pattern
     expected = brute(pattern, causal=True)
@@ -68,3 +74,8 @@ def test_cells_are_tokens_while_they_fit_and_equal_blocks_beyond() -> None:
 def test_examples_depend_on_the_seed_alone() -> None:
     one, same, other = (example_tensors(50, 2, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_pattern_that_needs_an_earlier_layer_says_so() -> None:
+    with pytest.raises(ConfigError, match="no earlier layer"):
+        draw(Reuse(), TOKENS, rows=TOKENS, columns=TOKENS)

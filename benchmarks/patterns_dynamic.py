@@ -1,0 +1,213 @@
+"""How fast the patterns that choose by content are, with their selection counted, beside torch's dense SDPA.
+
+Usage: python benchmarks/patterns_dynamic.py [--lengths 4096 8192 16384] [--memory-length 32768] [--repeats 3] [--patterns NAME …]
+
+8 heads of 64, float32. Keys come in segments of 64 tokens, each around one of 64 random topics; every query asks for topics of
+four earlier segments, so that there is something to choose. A pattern's time is selection plus attention by ``gather``; the
+selection's share stands beside it. SDPA runs with the pattern's own base mask: causal, or full for VMoBA on its grid.
+Target: at least 0.6 / tile density times faster than SDPA. Token top-k is measured for one new token (its prefill computes
+every logit) and has no target. ``memory`` is the peak of the selection alone at the longest length, in MiB and in units of
+one float32 per query, block and head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import foveal
+from foveal.bench.memory import MIB, PeakMemory
+from foveal.bench.results import load_average, rounded, write_result
+from foveal.bench.timing import Spread, interleaved, speedups
+from foveal.core.base_mask import BaseMask
+from foveal.core.budget import Budget
+from foveal.core.context import SelectContext, Selection
+from foveal.core.density import measure
+from foveal.core.layouts import Layout
+from foveal.patterns import BlockTopK, MoBA, Pattern, Reuse, TokenTopK, VMoBA, XAttention
+from foveal.patterns.presets import FLUX
+
+HEADS, DIM, TOPICS, SEGMENT, WANTED, SEED = 8, 64, 64, 64, 4, 0
+TARGET = 0.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pattern, whether it is causal, whether it is measured for one new token, and keys per block (for ``memory``)."""
+
+    pattern: Callable[[int], Pattern]
+    block: int
+    causal: bool = True
+    decode: bool = False
+
+
+def grid(length: int) -> tuple[int, int, int]:
+    """Frames of 16 × 16 tokens."""
+    return max(1, length // 256), 16, 16
+
+
+def boxes(length: int) -> VMoBA:
+    """3-D boxes of 512 tokens, half as many frames where the video is shorter."""
+    return VMoBA(blocks=((min(8, grid(length)[0]), 8, 8),), threshold=0.25)
+
+
+CASES: dict[str, Case] = {
+    "moba": Case(lambda n: MoBA(block=512, top_k=3), 512),
+    "vmoba": Case(boxes, 512, causal=False),
+    "xattention": Case(lambda n: XAttention(Budget(mass=0.9)), 128),
+    "xattention_0.5": Case(lambda n: XAttention(Budget(mass=0.5)), 128),
+    "block_topk": Case(lambda n: BlockTopK(Budget(density=0.125)), 64),
+    "reuse": Case(lambda n: Reuse(0), 64),
+    "flux_streaming": Case(lambda n: FLUX["streaming"], 128),
+    "token_topk": Case(lambda n: TokenTopK(Budget(tokens=max(1, n // 16))), 1, decode=True),
+}
+
+
+def tensors(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    make = torch.Generator().manual_seed(SEED)
+    segment = torch.arange(length) // SEGMENT
+    count = int(segment[-1]) + 1
+    centres = torch.randn(HEADS, TOPICS, DIM, generator=make)
+    topic = torch.randint(TOPICS, (count,), generator=make)
+    k = centres[:, topic[segment]] + torch.randn(HEADS, length, DIM, generator=make)
+    asked = (torch.rand(count, WANTED, generator=make) * torch.arange(1, count + 1)[:, None]).long()
+    q = 0.5 * centres[:, topic[asked]].sum(2)[:, segment] + 0.5 * torch.randn(HEADS, length, DIM, generator=make)
+    return q[None], k[None], torch.randn(1, HEADS, length, DIM, generator=make)
+
+
+def select(name: str, q: Tensor, k: Tensor, earlier: Layout | None) -> Layout | None:
+    """The layout of one call, chosen afresh: nothing is kept between calls."""
+    case, length = CASES[name], k.shape[2]
+    base = BaseMask.build(q.shape[2], length, causal=case.causal)
+    ctx = SelectContext(base, 1, q_offset=max(base.shift, 0), grid=grid(length), earlier={0: Selection(earlier, None)})
+    return case.pattern(length).select(q, k, ctx, None)[0]
+
+
+def measure_length(length: int, names: list[str], repeats: int) -> dict[str, Any]:
+    q, k, v = tensors(length)
+    one, whole = q[:, :, -1:], q
+    causal_base = BaseMask.build(length, length, causal=True)
+    earlier = CASES["block_topk"].pattern(length).select(q, k, SelectContext(causal_base), None)[0]
+    jobs: dict[str, Callable[[], Any]] = {
+        "sdpa causal": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    }
+    if any(not CASES[n].causal for n in names):
+        jobs["sdpa full"] = lambda: F.scaled_dot_product_attention(q, k, v)
+    if any(CASES[n].decode for n in names):
+        jobs["sdpa one token"] = lambda: F.scaled_dot_product_attention(one, k, v)
+    for name in names:
+        rows = one if CASES[name].decode else whole
+
+        def both(name: str = name, rows: Tensor = rows) -> Tensor:
+            layout = select(name, rows, k, earlier)
+            return foveal.attention(rows, k, v, layout, causal=CASES[name].causal, impl="gather")
+
+        jobs[name] = both
+        jobs[f"{name} selection"] = lambda name=name, rows=rows: select(name, rows, k, earlier)  # type: ignore[misc]
+    with torch.no_grad():
+        seconds = interleaved(jobs, repeats)
+        dense = {name: job() for name, job in jobs.items() if name.startswith("sdpa")}
+        out: dict[str, Any] = {name: {"milliseconds": Spread.of(seconds[name]).median * 1e3} for name in dense}
+        for name in names:
+            out[name] = _row(
+                name,
+                seconds,
+                dense,
+                jobs[name](),
+                select(name, one if CASES[name].decode else whole, k, earlier),
+                length,
+            )
+    return out
+
+
+def _row(
+    name: str,
+    seconds: dict[str, list[float]],
+    dense: dict[str, Tensor],
+    got: Tensor,
+    layout: Layout | None,
+    length: int,
+) -> dict[str, Any]:
+    case = CASES[name]
+    against = "sdpa one token" if case.decode else "sdpa causal" if case.causal else "sdpa full"
+    base = BaseMask.build(1 if case.decode else length, length, causal=case.causal)
+    kept = measure(layout, base, 1, HEADS)
+    time, choosing = Spread.of(seconds[name]).median, Spread.of(seconds[f"{name} selection"]).median
+    faster = speedups(seconds, against)[name]
+    row: dict[str, Any] = {
+        "milliseconds": time * 1e3,
+        "selection_share": choosing / time,
+        "density": kept.density,
+        "tile_density": kept.tile_density,
+        "times_faster_than_sdpa": faster.json(),
+        "relative_error": float((got - dense[against]).norm() / dense[against].norm()),
+    }
+    if not case.decode:
+        row["target"] = TARGET / kept.tile_density
+        row["met"] = faster.median >= row["target"]
+    return row
+
+
+def measure_memory(length: int, names: list[str]) -> dict[str, Any]:
+    q, k, _ = tensors(length)
+    out = {}
+    for name in names:
+        if name in ("reuse",):
+            continue  # chooses nothing
+        rows = q[:, :, -1:] if CASES[name].decode else q
+        small = tensors(2048)
+        select(name, small[0][:, :, -1:] if CASES[name].decode else small[0], small[1], None)
+        with PeakMemory() as peak, torch.no_grad():
+            layout = select(name, rows, k, None)
+        unit = 4 * HEADS * rows.shape[2] * -(-length // CASES[name].block) / MIB
+        out[name] = {"added_mb": peak.extra_mb, "query_block_head_mb": unit, "times": peak.extra_mb / unit}
+        del layout
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--memory-length", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patterns", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "patterns_dynamic.json")
+    args = parser.parse_args()
+    load = load_average()
+    memory = measure_memory(args.memory_length, args.patterns)
+    lengths: dict[str, Any] = {}
+    for length in args.lengths:
+        lengths[str(length)] = rows = measure_length(length, args.patterns, args.repeats)
+        for name in args.patterns:
+            row = rows[name]
+            print(
+                f"{length:6d} {name:16s} {row['milliseconds']:8.1f} ms, {row['times_faster_than_sdpa']['median']:5.2f}× SDPA, "
+                f"selection {100 * row['selection_share']:4.1f} %, density {row['density']:.3f}, tiles {row['tile_density']:.3f}, "
+                f"error {row['relative_error']:.3f}" + (f", target {row['target']:.2f}" if "target" in row else ""),
+                flush=True,
+            )
+    for name, row in memory.items():
+        print(
+            f"{args.memory_length:6d} {name:16s} selection adds {row['added_mb']:7.1f} MiB, {row['times']:.2f} × query·block·head"
+        )
+    result = {
+        "what": "patterns that choose by content against torch's dense SDPA, selection included, medians of interleaved runs",
+        "shape": {"heads": HEADS, "head_dim": DIM, "dtype": "float32", "threads": torch.get_num_threads()},
+        "load_before": load,
+        "repeats": args.repeats,
+        "lengths": lengths,
+        "memory_length": args.memory_length,
+        "memory": memory,
+    }
+    write_result(args.out, rounded(result))
+
+
+if __name__ == "__main__":
+    main()

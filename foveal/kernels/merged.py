@@ -1,0 +1,118 @@
+"""Attentions of the same query row, merged while they run: ``Groups`` whose memory does not grow with the memberships.
+
+As ``kernels.ragged``, but a query row may take part in many attentions of a plan. What they give is added up under a
+running maximum, so that the result is one softmax over the union. Backward needs no part by itself either: every weight is
+``exp(logit − lse)`` with the merged lse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .call import compute_dtype
+from .ragged import LOG2_E, Buffers, Plan, Scores, _key_units, _logits, _pair_products, _rows_term, scratch
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(q.dtype)
+        d, dv = k.shape[1], v.shape[1]
+        total = torch.zeros(q.shape[0], dv, dtype=dtype, device=q.device)
+        top = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
+        norm = torch.zeros_like(top)
+        kf, vf = _key_units(k, v, plan, dtype)
+        flat_table = None if table is None else table.reshape(-1).to(dtype)
+        with scratch(q.device) as buffers:
+            for batch in plan.batches():
+                qg = buffers.take("q", q, batch.q_rows, dtype, d)
+                kg = buffers.take("k", kf, batch.k_rows, dtype, d)
+                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
+                s, _ = _logits(buffers, qg, kg, batch, scores, flat_table)
+                here = s.amax(-1, keepdim=True)
+                where = batch.q_rows.reshape(-1)
+                before = top.index_select(0, where)
+                top.scatter_reduce_(0, where, here.view(-1), "amax")
+                now = top.index_select(0, where)
+                s.sub_(here.masked_fill(here == -torch.inf, 0.0)).exp2_()
+                share = s.sum(-1).view(-1)
+                part = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype)).view(-1, dv)
+                _rescale(total, norm, where, before, now)
+                factor = (here.view(-1) - now.masked_fill(now == -torch.inf, 0.0)).exp2_()
+                total.index_add_(0, where, part.mul_(factor[:, None]))
+                norm.index_add_(0, where, share.mul_(factor))
+        out = total.div_(norm.clamp(min=torch.finfo(dtype).tiny)[:, None]).to(q.dtype)
+        lse = norm.log2_().add_(top).mul_(1 / LOG2_E)
+        ctx.save_for_backward(q, k, v, table, out, lse)
+        ctx.plan, ctx.scores = plan, scores
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, table, out, lse = ctx.saved_tensors
+        plan, scores = ctx.plan, ctx.scores
+        dtype = compute_dtype(q.dtype)
+        d, dv = k.shape[1], v.shape[1]
+        grad_out = grad_out.contiguous()
+        rows_term = _rows_term(grad_out, out, grad_lse.to(dtype))
+        base2 = lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E)  # blind rows: all logits are −inf
+        gq, gk, gv = (torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (q, k, v))
+        flat_table = None if table is None else table.reshape(-1).to(dtype)
+        gt = None if flat_table is None else torch.zeros_like(flat_table)
+        kf, vf = _key_units(k, v, plan, dtype)
+        with scratch(q.device) as buffers:
+            for batch in plan.batches():
+                r, where, source = batch.q_rows.shape[0], batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
+                qg = buffers.take("q", q, batch.q_rows, dtype, d)
+                kg = buffers.take("k", kf, batch.k_rows, dtype, d)
+                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
+                go = buffers.take("grad_out", grad_out, batch.q_rows, dtype, dv)
+                s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
+                p = s.exp2_()
+                _add(gv, source, torch.bmm(p.transpose(1, 2), go, out=_like(buffers, "grad_v", vg)))
+                ds = _like(buffers, "grad_scores", s)
+                _pair_products(go, vg, ds, start=rows_term[where].view(r, -1, 1)).mul_(p)
+                if gt is not None and batch.bias is not None:
+                    gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
+                if tanh is not None:
+                    ds.mul_(tanh.square_().neg_().add_(1))
+                part = _like(buffers, "grad_q", qg)
+                _add(gq, where, torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part))
+                part = _like(buffers, "grad_k", kg)
+                _add(gk, source, torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part))
+        table_grad = None if gt is None or table is None else gt.view(table.shape).to(table.dtype)
+        return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype), table_grad, None, None
+
+
+def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Tensor) -> None:
+    """Bring the rows whose maximum rose to the new one. A row that occurs twice is written twice, with the same values."""
+    rose = ((now > before) & (before > -torch.inf)).nonzero()[:, 0]
+    if rose.numel():
+        rows, factor = where[rose], (before[rose] - now[rose]).exp2_()
+        total.index_copy_(0, rows, total.index_select(0, rows).mul_(factor[:, None]))
+        norm.index_copy_(0, rows, norm.index_select(0, rows).mul_(factor))
+
+
+def _like(buffers: Buffers, role: str, x: Tensor) -> Tensor:
+    return buffers.get(role, tuple(x.shape), x.dtype)
+
+
+def _add(total: Tensor, where: Tensor, part: Tensor) -> None:
+    total.index_add_(0, where, part.view(where.shape[0], -1))
+
+
+def attend_merged(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a plan with ``q_unit`` and ``k_unit`` 1 in which a query row may occur any number of times.
+
+    Args and returns as :func:`foveal.kernels.ragged.attend_rows`.
+    """
+    return _Merged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)

@@ -1,0 +1,46 @@
+"""The compiled part, built from ``src/native``."""
+
+_Tensor = tuple[int, tuple[int, ...]]
+
+def variants() -> list[str]: ...
+def variant() -> str: ...
+def choose(name: str) -> None: ...
+def peak(pairs: bool, rounds: int, threads: int) -> float: ...
+def forward(
+    sizes: tuple[int, ...],
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    out: int,
+    lse: int,
+    scale: float,
+    softcap: float,
+    bias: tuple[int, int, int] | None,
+    bounds: tuple[int, int, int],
+    valid: tuple[int, int] | None,
+    kinds: tuple[int, ...] | None,
+    slots: tuple[int, ...] | None,
+    lists: tuple[int, ...] | None,
+    threads: int,
+) -> None: ...
+def backward(
+    sizes: tuple[int, ...],
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    dout: _Tensor,
+    out: int,
+    lse: int,
+    dlse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    scale: float,
+    softcap: float,
+    bias: tuple[int, int, int] | None,
+    bounds: tuple[int, int, int],
+    valid: tuple[int, int] | None,
+    kinds: tuple[int, ...] | None,
+    slots: tuple[int, ...] | None,
+    threads: int,
+) -> None: ...

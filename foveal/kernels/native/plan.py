@@ -1,0 +1,193 @@
+"""What is visible, as the kernels want it: an interval of keys per row, padding, kinds of tiles, and bits inside tiles.
+
+Intervals carry causality, windows, chunks and documents, so these need no bits at all. Only a condition that nobody can
+see into (a ``mask_mod``, a host's own predicate) is evaluated, once per tile in which it decides, and equal tiles are
+stored once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import noop_mask
+
+from ...core.base_mask import EMPTY, PARTIAL, BaseMask, Predicate
+from ...core.errors import ShapeError
+from ...core.layouts import BlockMask, KeySelection, block_mask_kinds
+from ..block_plan import reads
+from ..call import AttentionCall
+
+BLOCK = 128
+CHUNK = 1 << 22
+"""Pairs of a condition that are evaluated at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Visible:
+    """Arguments of the kernels.
+
+    Attributes:
+        lo, hi: ``(B or 1, Nq)`` int64; row ``i`` may see keys ``lo[i] <= k < hi[i]``.
+        valid: ``(B or 1, Nk)`` bool, or None.
+        kinds: ``(B or 1, H or 1, q tiles, kv tiles)`` int8, 0 drops a tile; None keeps all.
+        slot: like ``kinds``, int32: row of ``table`` that cuts the tile further, −1 for none.
+        table: ``(T, q_tile, words)`` int64: bit ``k`` of row ``q`` says whether the pair is visible.
+        index: ``(B or 1, 1 or Hkv or H, blocks, K)`` int64 key positions, below 0 for none; or None.
+        tile: rows and keys per tile; rows per list of ``index``.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    valid: Tensor | None
+    kinds: Tensor | None = None
+    slot: Tensor | None = None
+    table: Tensor | None = None
+    index: Tensor | None = None
+    tile: tuple[int, int] = (0, 0)
+
+
+def visible(call: AttentionCall) -> Visible:
+    """The arguments for a call; the last mask's are remembered in ``call.base``, because layers share masks."""
+    base, mask = call.base, call.layout
+    if isinstance(mask, KeySelection):
+        return _listed(base, mask)
+    assert mask is None or isinstance(mask, BlockMask)
+    memo = ("native", call.q.shape[0], call.q.shape[1])
+    found = base.cache.get(memo)
+    if found is None or found[0] is not mask:
+        base.cache[memo] = found = (mask, _visible(call, base, mask))
+    return found[1]
+
+
+def _listed(base: BaseMask, lists: KeySelection) -> Visible:
+    hi = base.hi if lists.limit is None else torch.minimum(base.hi, lists.limit)
+    lo = base.lo.expand(hi.shape[0], -1)
+    valid = None if base.valid is None else base.valid.contiguous()
+    return Visible(lo.contiguous(), hi.contiguous(), valid, index=lists.index.contiguous(), tile=(lists.block_size, 0))
+
+
+def _visible(call: AttentionCall, base: BaseMask, mask: BlockMask | None) -> Visible:
+    size = max(base.lo.shape[0], base.hi.shape[0])
+    lo, hi = (x.expand(size, -1).contiguous() for x in (base.lo, base.hi))
+    bounds = lo, hi, None if base.valid is None else base.valid.contiguous()
+    if mask is None and base.predicate is None:
+        return Visible(*bounds)
+    tile = (BLOCK, BLOCK) if mask is None else mask.BLOCK_SIZE
+    if mask is None:
+        kinds = base.block_map(*tile)[:, None]
+    else:
+        check(mask, base)
+        kinds = block_mask_kinds(mask)
+    allowed = None
+    if base.predicate is not None:
+        allowed = base.block_map(*tile)[:, None]
+        kinds = torch.where(allowed == EMPTY, torch.zeros_like(kinds), kinds)
+    mod = None if mask is None or mask.mask_mod is noop_mask else mask.mask_mod
+    conditions: list[tuple[Predicate, Tensor]] = []
+    if mod is not None:
+        conditions.append((mod, kinds == PARTIAL))
+    if base.predicate is not None and allowed is not None:
+        conditions.append((base.predicate, (allowed == PARTIAL) & (kinds != EMPTY)))
+    conditions = [(condition, where) for condition, where in conditions if bool(where.any())]
+    slot, table = _bits(call, conditions, tile) if conditions else (None, None)
+    return Visible(*bounds, kinds.contiguous(), slot, table, tile=tile)
+
+
+def check(mask: BlockMask, base: BaseMask) -> None:
+    """Raise :class:`ShapeError` unless the mask fits the lengths and every index lies inside."""
+    if tuple(mask.seq_lengths) != (base.q_len, base.kv_len):
+        raise ShapeError(
+            f"the BlockMask was made for (q_len, kv_len) = {tuple(mask.seq_lengths)}; expected {(base.q_len, base.kv_len)}. "
+            "Build it for these lengths, or pass a Pattern, which follows the length."
+        )
+    rows, tiles = -(-base.q_len // mask.BLOCK_SIZE[0]), -(-base.kv_len // mask.BLOCK_SIZE[1])
+    for name, count, index in (
+        ("kv", mask.kv_num_blocks, mask.kv_indices),
+        ("full_kv", mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        if count is None or index is None:
+            continue
+        width = index.shape[-1]
+        if count.shape != index.shape[:-1] or index.shape[-2] < rows:
+            raise ShapeError(
+                f"the BlockMask's {name}_num_blocks has shape {tuple(count.shape)} and {name}_indices {tuple(index.shape)}; "
+                f"expected (B, H, {rows}) and (B, H, {rows}, tiles)."
+            )
+        if count.numel() and (int(count.min()) < 0 or int(count.max()) > width):
+            raise ShapeError(
+                f"the BlockMask's {name}_num_blocks spans {int(count.min())}…{int(count.max())}; expected 0…{width}, "
+                f"the width of {name}_indices."
+            )
+        used = index[torch.arange(width) < count[..., None]]
+        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= tiles):
+            raise ShapeError(
+                f"the BlockMask's {name}_indices names tiles {int(used.min())}…{int(used.max())}; expected 0…{tiles - 1} "
+                f"because {base.kv_len} keys make {tiles} tiles of {mask.BLOCK_SIZE[1]}."
+            )
+
+
+# --- bits inside tiles ---------------------------------------------------------------------------------------------
+
+
+def _bits(
+    call: AttentionCall, conditions: list[tuple[Predicate, Tensor]], tile: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """``slot`` and ``table`` of all tiles in which a condition decides."""
+    batch, heads = call.q.shape[:2]
+    of_batch, of_head = (any(answer) for answer in zip(*(reads(call, mod) for mod, _ in conditions), strict=True))
+    where = [w.expand(batch if of_batch else -1, heads if of_head else -1, -1, -1) for _, w in conditions]
+    used = where[0] if len(where) == 1 else where[0] | where[1]
+    at = used.nonzero()
+    tables, slots = [], torch.empty(at.shape[0], dtype=torch.int64)
+    count = 0
+    for part in torch.arange(at.shape[0]).split(max(1, CHUNK // (tile[0] * tile[1]))):
+        kept = _evaluate(call.base, conditions, where, at[part], tile)
+        distinct, which = _distinct(_pack(kept))
+        tables.append(distinct)
+        slots[part] = which + count
+        count += distinct.shape[0]
+    table = torch.cat(tables)
+    if len(tables) > 1:
+        table, which = _distinct(table)
+        slots = which[slots]
+    slot = torch.full(used.shape, -1, dtype=torch.int32)
+    slot[used] = slots.to(torch.int32)
+    return slot, table
+
+
+def _evaluate(
+    base: BaseMask, conditions: list[tuple[Predicate, Tensor]], where: list[Tensor], at: Tensor, tile: tuple[int, int]
+) -> Tensor:
+    """``(tiles, q_tile, kv_tile)`` bool of the tiles ``at`` ``(tiles, 4)``."""
+    b, h, u, t = (i[:, None, None] for i in at.unbind(-1))
+    q = (u * tile[0] + torch.arange(tile[0])[:, None]).clamp(max=base.q_len - 1)
+    k = (t * tile[1] + torch.arange(tile[1])).clamp(max=base.kv_len - 1)
+    kept = torch.ones(at.shape[0], *tile, dtype=torch.bool)
+    for (condition, _), active in zip(conditions, where, strict=True):
+        # a condition's own dimensions may be 1 where another one's are not
+        row, head = b.clamp(max=active.shape[0] - 1), h.clamp(max=active.shape[1] - 1)
+        kept &= condition(b, h, q, k) | ~active[row, head, u, t]
+    return kept
+
+
+def _pack(kept: Tensor) -> Tensor:
+    """Bools ``(T, rows, keys)`` as int64 words ``(T, rows, ceil(keys / 64))``; key 0 is the lowest bit."""
+    kept = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 64))
+    weight = 1 << torch.arange(8, dtype=torch.uint8)
+    eight = (kept.view(*kept.shape[:2], -1, 8) * weight).sum(-1, dtype=torch.uint8)
+    return eight.view(torch.int64)
+
+
+def _distinct(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The different tiles of ``table`` and, for each tile, which one it is."""
+    flat = table.view(table.shape[0], -1)
+    factor = torch.randint(-(1 << 62), 1 << 62, (flat.shape[1],), generator=torch.Generator().manual_seed(0)) | 1
+    _, which = torch.unique((flat * factor).sum(-1), return_inverse=True)
+    first = torch.full((int(which.max()) + 1,), flat.shape[0]).scatter_reduce(
+        0, which, torch.arange(flat.shape[0]), "amin"
+    )
+    if not torch.equal(flat[first][which], flat):  # two different tiles have the same sum
+        return table, torch.arange(flat.shape[0])
+    return table[first], which

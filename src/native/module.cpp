@@ -1,0 +1,229 @@
+// The door between Python and the kernels: turns tensors' addresses into a Problem and checks every index once.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "pool.hpp"
+#include "problem.hpp"
+
+namespace nb = nanobind;
+
+namespace foveal {
+
+#define FOVEAL_DECLARE(name) namespace name { extern const Variant variant; }
+#if defined(__x86_64__)
+FOVEAL_DECLARE(avx512bf16)
+FOVEAL_DECLARE(avx512)
+FOVEAL_DECLARE(avx2)
+#endif
+FOVEAL_DECLARE(baseline)
+
+namespace {
+
+// Best first.
+const Variant* const VARIANTS[] = {
+#if defined(__x86_64__)
+    &avx512bf16::variant, &avx512::variant, &avx2::variant,
+#endif
+    &baseline::variant};
+
+std::vector<std::string> usable_variants() {
+  std::vector<std::string> names;
+  for (const Variant* v : VARIANTS)
+    if (v->usable()) names.push_back(v->name);
+  return names;
+}
+
+const Variant& variant_named(const std::string& name) {
+  for (const Variant* v : VARIANTS)
+    if (v->usable() && (name.empty() || name == v->name)) return *v;
+  std::string known;
+  for (const std::string& n : usable_variants()) known += (known.empty() ? "" : ", ") + n;
+  throw std::invalid_argument("FOVEAL_ISA is '" + name + "'; this machine runs " + known);
+}
+
+const Variant* chosen = nullptr;
+
+void choose(const std::string& name) { chosen = &variant_named(name); }
+
+const Variant& current() {
+  if (!chosen) {
+    const char* name = std::getenv("FOVEAL_ISA");
+    choose(name ? name : "");
+  }
+  return *chosen;
+}
+
+using Address = std::uintptr_t;
+using Four = std::tuple<long, long, long, long>;
+
+template <class T>
+const T* at(Address a) { return reinterpret_cast<const T*>(a); }
+
+Strided strided(Address data, const Four& step) {
+  return {at<void>(data), {std::get<0>(step), std::get<1>(step), std::get<2>(step), std::get<3>(step)}};
+}
+
+// (address, shape…) of the tensors that say what is visible; see foveal/kernels/native/plan.py.
+using Bounds = std::tuple<Address, Address, long>;                  // lo, hi, batch
+using Valid = std::tuple<Address, long>;                            // valid, batch
+using Kinds = std::tuple<Address, long, long, long, long, long, long>;  // kinds, batch, heads, q_tiles, kv_tiles, q_tile, kv_tile
+using Slots = std::tuple<Address, long, long, Address, long, long>;     // slot, batch, heads, table, tables, words
+
+void require(bool fine, const char* what) {
+  if (!fine) throw std::invalid_argument(what);
+}
+
+Visible visible(const Problem& p, const Bounds& bounds, const std::optional<Valid>& valid, const std::optional<Kinds>& kinds,
+                const std::optional<Slots>& slots) {
+  Visible v;
+  v.lo = at<std::int64_t>(std::get<0>(bounds));
+  v.hi = at<std::int64_t>(std::get<1>(bounds));
+  v.bounds_batch = std::get<2>(bounds);
+  if (valid) {
+    v.valid = at<std::uint8_t>(std::get<0>(*valid));
+    v.valid_batch = std::get<1>(*valid);
+  }
+  if (kinds) {
+    Address data;
+    std::tie(data, v.kinds_batch, v.kinds_heads, v.q_tiles, v.kv_tiles, v.q_tile, v.kv_tile) = *kinds;
+    v.kinds = at<std::int8_t>(data);
+    require(v.q_tile > 0 && v.kv_tile > 0, "a tile needs at least one row and one key");
+    require(v.q_tiles == (p.q_len + v.q_tile - 1) / v.q_tile && v.kv_tiles == (p.kv_len + v.kv_tile - 1) / v.kv_tile,
+            "the tiles of the mask do not cover the rows and keys");
+  }
+  if (slots) {
+    Address data, table;
+    std::tie(data, v.slot_batch, v.slot_heads, table, v.tables, v.words) = *slots;
+    v.slot = at<std::int32_t>(data);
+    v.table = at<std::uint64_t>(table);
+    require(kinds.has_value() && v.words * 64 >= v.kv_tile, "a table of tiles needs the tiles, and as many bits as a tile has keys");
+    const long total = v.slot_batch * v.slot_heads * v.q_tiles * v.kv_tiles;
+    for (long i = 0; i < total; i++)
+      require(v.slot[i] >= -1 && v.slot[i] < v.tables, "a tile names a row that the table does not have");
+  }
+  for (long n : {v.bounds_batch, v.valid_batch, v.kinds_batch, v.slot_batch})
+    require(n == 1 || n == p.batch, "the mask has another batch size than q");
+  for (long n : {v.kinds_heads, v.slot_heads}) require(n == 1 || n == p.heads, "the mask has another number of heads than q");
+  return v;
+}
+
+using Listed = std::tuple<Address, long, long, long, long, long>;  // index, batch, heads, blocks, width, block_rows
+
+Lists lists(const Problem& p, const Listed& from) {
+  Lists l;
+  Address index;
+  std::tie(index, l.batch, l.heads, l.blocks, l.width, l.block_rows) = from;
+  l.index = at<std::int64_t>(index);
+  require(l.batch == 1 || l.batch == p.batch, "the lists have another batch size than q");
+  require(l.heads == 1 || l.heads == p.kv_heads || l.heads == p.heads, "the lists have neither 1 head nor those of k or q");
+  require(l.block_rows > 0 && l.blocks == (p.q_len + l.block_rows - 1) / l.block_rows, "the lists do not cover the rows");
+  const long total = l.batch * l.heads * l.blocks * l.width;
+  for (long i = 0; i < total; i++) require(l.index[i] < p.kv_len, "a list names a key that does not exist");
+  return l;
+}
+
+using Sizes = std::tuple<int, long, long, long, long, long, long, long>;
+using Tensor4 = std::tuple<Address, Four>;
+using Bias = std::tuple<Address, long, long>;  // table, reach, shift
+
+Problem problem(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, float scale, float softcap,
+                const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
+                const std::optional<Kinds>& kinds, const std::optional<Slots>& slots) {
+  Problem p;
+  int type;
+  std::tie(type, p.batch, p.heads, p.kv_heads, p.q_len, p.kv_len, p.dim, p.dim_v) = sizes;
+  require(type >= 0 && type <= 2, "the type is float32, bfloat16 or float16");
+  require(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "query heads are a multiple of key heads");
+  p.type = static_cast<Type>(type);
+  p.q = strided(std::get<0>(q), std::get<1>(q));
+  p.k = strided(std::get<0>(k), std::get<1>(k));
+  p.v = strided(std::get<0>(v), std::get<1>(v));
+  p.scale = scale;
+  p.softcap = softcap;
+  if (bias) {
+    p.bias = at<float>(std::get<0>(*bias));
+    p.reach = std::get<1>(*bias);
+    p.shift = std::get<2>(*bias);
+  }
+  p.visible = visible(p, bounds, valid, kinds, slots);
+  return p;
+}
+
+void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, Address out, Address lse, float scale,
+             float softcap, const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
+             const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, const std::optional<Listed>& listed,
+             int threads) {
+  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots);
+  if (listed) p.lists = lists(p, *listed);
+  p.out = reinterpret_cast<void*>(out);
+  p.lse = reinterpret_cast<float*>(lse);
+  const Variant& variant = current();
+  nb::gil_scoped_release free;
+  PoolLock lock;
+  variant.forward(p, lock.pool, threads < 1 ? 1 : threads);
+}
+
+void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, const Tensor4& dout, Address out, Address lse,
+              Address dlse, Address dq, Address dk, Address dv, float scale, float softcap, const std::optional<Bias>& bias,
+              const Bounds& bounds, const std::optional<Valid>& valid, const std::optional<Kinds>& kinds,
+              const std::optional<Slots>& slots, int threads) {
+  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots);
+  p.out = reinterpret_cast<void*>(out);
+  p.lse = reinterpret_cast<float*>(lse);
+  Gradients g;
+  g.dout = strided(std::get<0>(dout), std::get<1>(dout));
+  g.dlse = at<float>(dlse);
+  g.dq = reinterpret_cast<void*>(dq);
+  g.dk = reinterpret_cast<void*>(dk);
+  g.dv = reinterpret_cast<void*>(dv);
+  const Variant& variant = current();
+  nb::gil_scoped_release free;
+  PoolLock lock;
+  variant.backward(p, g, lock.pool, threads < 1 ? 1 : threads);
+}
+
+// Operations of a bare multiply-add loop on every thread.
+double peak(bool pairs, long rounds, int threads) {
+  struct Job {
+    const Variant& variant;
+    bool pairs;
+    long rounds;
+    double done;
+  } job{current(), pairs, rounds, 0.0};
+  nb::gil_scoped_release free;
+  PoolLock lock;
+  lock.pool.run(threads, threads, [](void* x, long i, int) {
+    Job& j = *static_cast<Job*>(x);
+    const double done = j.variant.peak(j.pairs, j.rounds);
+    if (i == 0) j.done = done;
+  }, &job);
+  return job.done * threads;
+}
+
+}  // namespace
+}  // namespace foveal
+
+NB_MODULE(_native, m) {
+  using namespace foveal;
+  m.def("variants", usable_variants, "Instruction sets that this machine runs, best first.");
+  m.def("variant", [] { return std::string(current().name); }, "The one in use.");
+  m.def("choose", choose, "Use this one from now on; an empty name means the best.");
+  m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
+  m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
+        nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
+        nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("threads"));
+  m.def("backward", foveal::backward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("dout"), nb::arg("out"),
+        nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"),
+        nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(), nb::arg("kinds").none(), nb::arg("slots").none(),
+        nb::arg("threads"));
+}

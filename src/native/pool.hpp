@@ -1,0 +1,29 @@
+// Threads and memory that stay between calls. Compiled once, for every instruction set.
+#pragma once
+
+#include <cstddef>
+
+namespace foveal {
+
+struct Pool {
+  // Run task 0 … tasks−1 on up to `threads` threads, the caller among them; `worker` is below `threads`. Which thread runs
+  // a task is open, so a task must write only what is its own.
+  void run(int threads, long tasks, void (*task)(void* context, long index, int worker), void* context);
+
+  // Uninitialised memory, 64-byte aligned, valid until the pool is released. One block per call.
+  void* memory(std::size_t bytes);
+
+  struct State;
+  State* state;
+  void* own = nullptr;  // memory of a call that found the shared one in use
+};
+
+// The pool of this process for the length of one call; a second caller at the same time gets one without helpers.
+struct PoolLock {
+  PoolLock();
+  ~PoolLock();
+  PoolLock(const PoolLock&) = delete;
+  Pool pool;
+};
+
+}  // namespace foveal

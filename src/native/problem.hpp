@@ -1,0 +1,67 @@
+// What one call consists of: plain pointers and sizes, checked by the door (module.cpp) before any kernel sees them.
+#pragma once
+
+#include <cstdint>
+
+namespace foveal {
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr long PANEL = 64;  // keys (or rows) that are packed together: the columns of a register tile
+
+struct Strided {  // (batch, heads, length, channels); steps in elements
+  const void* data = nullptr;
+  long step[4] = {0, 0, 0, 0};
+};
+
+// Which pairs are visible: per row an interval of keys, minus padding, minus what tiles hide.
+struct Visible {
+  const std::int64_t *lo = nullptr, *hi = nullptr;  // (bounds_batch, q_len): row i may see lo[i] <= k < hi[i]
+  long bounds_batch = 1;
+  const std::uint8_t* valid = nullptr;  // (valid_batch, kv_len), 0 on padding; or null
+  long valid_batch = 1;
+  const std::int8_t* kinds = nullptr;  // (kinds_batch, kinds_heads, q_tiles, kv_tiles), 0 = dropped; or null: all kept
+  long kinds_batch = 1, kinds_heads = 1, q_tiles = 1, kv_tiles = 1, q_tile = 1, kv_tile = 1;
+  const std::int32_t* slot = nullptr;  // like kinds with its own batch and heads: row of `table`, −1 = nothing hidden; or null
+  long slot_batch = 1, slot_heads = 1;
+  const std::uint64_t* table = nullptr;  // (tables, q_tile, words) bits of visible keys inside a tile
+  long tables = 0, words = 0;
+};
+
+// For each block of query rows a list of key positions, below 0 = none; see KeySelection.
+struct Lists {
+  const std::int64_t* index = nullptr;  // (batch, heads, blocks, width), or null
+  long batch = 1, heads = 1, blocks = 1, width = 0, block_rows = 1;
+};
+
+struct Problem {
+  Type type = Type::f32;
+  long batch = 0, heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, dim = 0, dim_v = 0;
+  Strided q, k, v;
+  float scale = 1.0f, softcap = 0.0f;  // softcap 0: none
+  const float* bias = nullptr;         // (heads, 2·reach + 1) or null
+  long reach = 0, shift = 0;
+  Visible visible;
+  Lists lists;
+  void* out = nullptr;   // (batch, heads, q_len, dim_v) in the inputs' type
+  float* lse = nullptr;  // (batch, heads, q_len)
+};
+
+struct Gradients {
+  Strided dout;                // (batch, heads, q_len, dim_v)
+  const float* dlse = nullptr;  // (batch, heads, q_len), or null
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // contiguous, in the inputs' type
+};
+
+struct Pool;
+
+// One instruction set's kernels.
+struct Variant {
+  const char* name;
+  bool (*usable)();
+  void (*forward)(const Problem&, Pool&, int threads);
+  void (*backward)(const Problem&, const Gradients&, Pool&, int threads);
+  double (*peak)(bool pairs, long rounds);
+};
+
+}  // namespace foveal

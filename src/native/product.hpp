@@ -1,0 +1,79 @@
+// The register tile: a few rows times a few vectors of columns, summed over all steps without leaving the registers.
+#pragma once
+
+#include "vec.hpp"
+
+namespace foveal::FOVEAL_VARIANT {
+
+enum class Start { zero, sum, scaled };  // what the product is added to: nothing, c, or c · factor[row]
+
+// c [R × N vectors] = start + a [R × steps] · b [steps × N vectors].
+template <class P, Start start, int R, int N>
+inline __attribute__((always_inline)) void tile(const Unit* __restrict a, long lda, const Unit* __restrict b, long ldb,
+                                                long steps, float* __restrict c, long ldc, const float* factor) {
+  Vec sum[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      if constexpr (start == Start::zero) {
+        sum[r][n] = zero();
+      } else if constexpr (start == Start::sum) {
+        sum[r][n] = load(c + r * ldc + n * LANES);
+      } else {
+        sum[r][n] = mul(load(c + r * ldc + n * LANES), set1(factor[r]));
+      }
+    }
+#pragma GCC unroll 2
+  for (long s = 0; s < steps; s++) {
+    Vec column[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) column[n] = load_units(b + s * ldb + n * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Unit left = a[r * lda + s];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) sum[r][n] = P::step(sum[r][n], left, column[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) store(c + r * ldc + n * LANES, sum[r][n]);
+}
+
+template <class P, Start start, int N>
+inline void tile_rows(long rows, const Unit* a, long lda, const Unit* b, long ldb, long steps, float* c, long ldc,
+                      const float* factor) {
+  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc, factor += TILE_ROWS)
+    tile<P, start, TILE_ROWS, N>(a, lda, b, ldb, steps, c, ldc, factor);
+  switch (rows) {
+    case 1: return tile<P, start, 1, N>(a, lda, b, ldb, steps, c, ldc, factor);
+    case 2: return tile<P, start, 2, N>(a, lda, b, ldb, steps, c, ldc, factor);
+    case 3: return tile<P, start, 3, N>(a, lda, b, ldb, steps, c, ldc, factor);
+    case 4: return tile<P, start, 4, N>(a, lda, b, ldb, steps, c, ldc, factor);
+    case 5: return tile<P, start, 5, N>(a, lda, b, ldb, steps, c, ldc, factor);
+    default: return;
+  }
+}
+
+// c [rows × width] = start + a · b, for a width that is a multiple of 16 and at most 64; b is [steps][ldb].
+template <class P, Start start>
+inline void product(long rows, const Unit* a, long lda, const Unit* b, long ldb, long steps, float* c, long ldc, long width,
+                    const float* factor = nullptr) {
+  static const float none[TILE_ROWS] = {};
+  if (!factor) factor = none - 0;
+  long n = 0;
+  for (; n + TILE_VECS * LANES <= width; n += TILE_VECS * LANES)
+    tile_rows<P, start, TILE_VECS>(rows, a, lda, b + n, ldb, steps, c + n, ldc, factor);
+  if constexpr (TILE_VECS * LANES > 16) {  // what is left is a multiple of 16
+    switch ((width - n) / LANES) {
+      case 1: return tile_rows<P, start, 1>(rows, a, lda, b + n, ldb, steps, c + n, ldc, factor);
+      case 2: return tile_rows<P, start, 2>(rows, a, lda, b + n, ldb, steps, c + n, ldc, factor);
+      case 3: return tile_rows<P, start, 3>(rows, a, lda, b + n, ldb, steps, c + n, ldc, factor);
+      default: return;
+    }
+  }
+}
+
+}  // namespace foveal::FOVEAL_VARIANT

@@ -1,0 +1,180 @@
+// The online softmax over a chunk of rows: what one thread holds while panels of packed keys pass by.
+//   S = Q·Kᵀ        register tiles; nothing is masked where a panel shows everything
+//   P = 2^(S − m)   with the running maximum m and sum l of each row
+//   O = O·f + P·V   f makes up for a new maximum
+#pragma once
+
+#include <cmath>
+
+#include "carve.hpp"
+#include "logits.hpp"
+#include "pack.hpp"
+#include "product.hpp"
+#include "visible.hpp"
+
+namespace foveal::FOVEAL_VARIANT {
+
+constexpr long BLOCK_PANELS = 2;  // panels between two updates of the softmax
+
+// Packed keys and values of one key head.
+struct Keys {
+  const Unit *k, *v;
+  long value_steps;                    // of one panel of channels
+  const std::int64_t* list = nullptr;  // the keys' positions where they are a list, and how many
+  long listed = 0;
+};
+
+template <class P>
+struct Softmax {
+  const Problem& p;
+  const long steps, wide;  // units per row of q and k, padded channels of v
+  Unit* queries;
+  float *s, *o, *most_seen, *sum, *factor, *floor;
+  std::uint64_t* bits;  // [rows][BLOCK_PANELS]
+
+  Softmax(const Problem& problem, long rows, Carve& memory)
+      : p(problem), steps(steps_of<P>(p.dim)), wide(padded(p.dim_v)) {
+    queries = memory.take<Unit>(rows * steps);
+    s = memory.take<float>(rows * BLOCK_PANELS * PANEL);
+    o = memory.take<float>(rows * wide);
+    most_seen = memory.take<float>(rows + 16);
+    sum = memory.take<float>(rows + 16);
+    factor = memory.take<float>(rows + 16);
+    floor = memory.take<float>(rows + 16);
+    bits = memory.take<std::uint64_t>(rows * BLOCK_PANELS);
+  }
+
+  // One block of `count` panels for all rows of the chunk; with `cut_block`, `bits` says what each row sees.
+  template <bool cut_block>
+  void step(const Chunk& c, const Keys& from, const long* block, long count) const {
+    constexpr long ld = BLOCK_PANELS * PANEL;
+    std::uint64_t seen[BLOCK_PANELS];  // by any row of a register tile
+    for (long n = 0; n < count; n++) {
+      const Unit* panel = from.k + block[n] * steps * PANEL;
+      if (!cut_block) {
+        product<P, Start::zero>(c.rows, queries, steps, panel, PANEL, steps, s + n * PANEL, ld, PANEL);
+        continue;
+      }
+      for (long r = 0; r < c.rows; r += TILE_ROWS) {
+        const long rows = least(TILE_ROWS, c.rows - r);
+        std::uint64_t any = 0;
+        for (long i = r; i < r + rows; i++) any |= bits[i * BLOCK_PANELS + n];
+        if (any) product<P, Start::zero>(rows, queries + r * steps, steps, panel, PANEL, steps, s + r * ld + n * PANEL, ld, PANEL);
+      }
+    }
+    for (long r = 0; r < c.rows; r += TILE_ROWS) {
+      const long rows = least(TILE_ROWS, c.rows - r);
+      for (long n = 0; n < count; n++) {
+        seen[n] = ~std::uint64_t(0);
+        if (cut_block) {
+          seen[n] = 0;
+          for (long i = r; i < r + rows; i++) seen[n] |= bits[i * BLOCK_PANELS + n];
+        }
+        if (cut_block || shaped(p))
+          for (long i = r; i < r + rows; i++)
+            logits<cut_block>(c, from, i, block[n], s + i * ld + n * PANEL, bits[i * BLOCK_PANELS + n], seen[n]);
+      }
+      softmax(r, rows, count * PANEL);
+      weigh<cut_block>(from, r, rows, block, count, seen);
+    }
+  }
+
+  template <bool cut_block>
+  void logits(const Chunk& c, const Keys& from, long r, long panel, float* s, std::uint64_t bits, std::uint64_t computed) const {
+    if (shaped(p) && computed)
+      shape_logits(p, c.h + r / c.per_head, c.first + r % c.per_head, panel * PANEL, from.list ? from.list + panel * PANEL : nullptr, from.listed - panel * PANEL, s);
+    if (cut_block && bits != ~std::uint64_t(0))
+      for (long j = 0; j < PANEL; j += LANES) store(s + j, select(bits >> j, load(s + j), set1(-INF)));
+  }
+
+  // Logits of `width` keys become weights, in place; with Pairs the weights are bfloat16 and take half the room.
+  void softmax(long first, long rows, long width) const {
+    constexpr long ld = BLOCK_PANELS * PANEL;
+    const float by = shaped(p) ? 1.0f : p.scale == 0.0f ? 1.0f : (p.scale < 0 ? -p.scale : p.scale) * LOG2_E;
+    for (long r = first; r < first + rows; r++) {
+      const float* row = s + r * ld;
+      Vec top = load(row);
+      for (long j = LANES; j < width; j += LANES) top = max(top, load(row + j));
+      const float here = hmax(top) * by, before = most_seen[r];
+      const float now = here > before ? here : before;
+      most_seen[r] = now;
+      floor[r] = now == -INF ? 0.0f : now;
+      factor[r] = before - floor[r];
+    }
+    for (long r = first; r < first + rows; r += LANES) store(factor + r, exp2(load(factor + r)));
+    const Vec times = set1(by);
+    for (long r = first; r < first + rows; r++) {
+      float* row = s + r * ld;
+      const Vec minus = set1(-floor[r]);
+      Vec total = zero();
+      for (long j = 0; j < width; j += 16) {
+        Vec w[16 / LANES];
+        for (int i = 0; i < 16 / LANES; i++) {
+          w[i] = exp2<P::pairs>(fma(load(row + j + i * LANES), times, minus));
+          total = add(total, w[i]);
+        }
+        if constexpr (P::pairs) {
+          store_bf16(reinterpret_cast<std::uint16_t*>(row) + j, w);
+        } else {
+          for (int i = 0; i < 16 / LANES; i++) store(row + j + i * LANES, w[i]);
+        }
+      }
+      sum[r] = sum[r] * factor[r] + hsum(total);
+    }
+  }
+
+  // o = o · factor + weights · values; neighbouring panels run as one product.
+  template <bool cut_block>
+  void weigh(const Keys& from, long r, long rows, const long* block, long count, const std::uint64_t* seen) const {
+    constexpr long ld = BLOCK_PANELS * PANEL;
+    const Unit* w = reinterpret_cast<const Unit*>(s + r * ld);
+    bool started = false;
+    for (long n = 0; n < count;) {
+      if (cut_block && !seen[n]) {
+        n++;
+        continue;
+      }
+      long end = n + 1;
+      while (end < count && block[end] == block[end - 1] + 1 && (!cut_block || seen[end])) end++;
+      const long first = n * PANEL / P::per_unit, length = (end - n) * PANEL / P::per_unit;
+      for (long c0 = 0; c0 < wide; c0 += PANEL) {
+        const long width = least(PANEL, wide - c0);
+        const Unit* values = from.v + c0 * from.value_steps + block[n] * PANEL / P::per_unit * width;
+        float* to = o + r * wide + c0;
+        if (started) {
+          product<P, Start::sum>(rows, w + first, ld, values, width, length, to, wide, width);
+        } else {
+          product<P, Start::scaled>(rows, w + first, ld, values, width, length, to, wide, width, factor + r);
+        }
+      }
+      started = true;
+      n = end;
+    }
+  }
+
+  void begin(const Chunk& c) const {
+    const long rows = c.rows;
+    for (long r = 0; r < rows; r += c.per_head)
+      pack_left<P>(p.q, p.type, c.b, c.h + r / c.per_head, c.first, c.per_head, p.dim, queries + r * steps);
+    if (!shaped(p) && p.scale == 0.0f) std::memset(queries, 0, (std::size_t)(rows * steps) * 4);
+    if (!shaped(p) && p.scale < 0.0f)
+      for (long i = 0; i < rows * steps; i++) queries[i] ^= P::pairs ? 0x80008000u : 0x80000000u;
+    for (long r = 0; r < rows; r++) most_seen[r] = -INF, sum[r] = 0.0f;
+    std::memset(o, 0, (std::size_t)(rows * wide) * 4);
+  }
+
+  void finish(const Chunk& c) const {
+    for (long r = 0; r < c.rows; r++) write(c, r, o + r * wide, most_seen[r], sum[r]);
+  }
+
+  // Out and lse of one row of the chunk; `from` is used up.
+  void write(const Chunk& c, long r, float* from, float top, float total) const {
+    const long row = (c.b * p.heads + c.h + r / c.per_head) * p.q_len + c.first + r % c.per_head;
+    const Vec share = set1(total == 0.0f ? 0.0f : 1.0f / total);
+    for (long j = 0; j < wide; j += LANES) store(from + j, mul(load(from + j), share));
+    write_floats(p.type, from, p.dim_v, static_cast<char*>(p.out) + row * p.dim_v * size_of(p.type));
+    p.lse[row] = total == 0.0f ? -INF : (top + std::log2(total)) * LN_2;
+  }
+};
+
+}  // namespace foveal::FOVEAL_VARIANT

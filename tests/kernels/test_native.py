@@ -1,0 +1,554 @@
+"""The C++ kernels against the reference: every layout that they take, edges of tiles, every instruction set of this machine."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import foveal
+from foveal.core.errors import ShapeError, UnsupportedError
+from foveal.core.layouts import BlockMask, KeySelection, Layout, block_mask
+from foveal.kernels import native
+from foveal.kernels.call import AttentionCall
+from foveal.kernels.dispatch import compute
+from foveal.kernels.native.plan import visible
+from foveal.patterns import SlidingWindow
+
+from ..strategies import Call, calls, finite, hosts, random_blocks, random_groups, random_lists
+from ..support import assert_close
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.skipif(native.unavailable() is not None, reason=f"native {native.unavailable()}"),
+]
+KINDS = pytest.mark.parametrize("kind", ["dense", "blocks", "lists"])
+TRAINED = pytest.mark.parametrize("kind", ["dense", "blocks"])
+VARIANTS: list[str] = []
+if native.unavailable() is None:
+    from foveal.kernels.native import _native, ops
+
+    VARIANTS = _native.variants()
+
+
+@pytest.fixture(params=VARIANTS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn."""
+    before = _native.variant()
+    _native.choose(request.param)
+    yield request.param
+    _native.choose(before)
+
+
+def attend(call: Call, impl: str, **changes: Any) -> tuple[Tensor, Tensor]:
+    options = {**call.options, **changes}
+    return foveal.attention(
+        call.q, call.k, call.v, call.layout, causal=call.causal, impl=impl, return_lse=True, **options
+    )
+
+
+def lowered(call: Call, dtype: torch.dtype) -> tuple[Call, Call]:
+    """The call in ``dtype``, and in float64 with the same rounded values."""
+    low = [t.to(dtype) for t in (call.q, call.k, call.v)]
+    options = {n: t.to(dtype) if isinstance(t, Tensor) else t for n, t in call.options.items()}
+    exact = {n: t.double() if isinstance(t, Tensor) else t for n, t in options.items()}
+    return (
+        Call(*low, call.layout, call.causal, options),
+        Call(*(t.double() for t in low), call.layout, call.causal, exact),
+    )
+
+
+def random_call(
+    seed: int, sizes: tuple[int, ...], layout: Layout | None = None, causal: bool = True, **options: Any
+) -> Call:
+    """``sizes`` is ``(B, H, Hkv, Nq, Nk, D, Dv)``."""
+    batch, heads, kv_heads, q_len, kv_len, dim, dim_v = sizes
+    make = torch.Generator().manual_seed(seed)
+    shapes = ((heads, q_len, dim), (kv_heads, kv_len, dim), (kv_heads, kv_len, dim_v))
+    q, k, v = (torch.randn(batch, *shape, generator=make, dtype=torch.float64) for shape in shapes)
+    return Call(q, k, v, layout, causal, {"bias": None, "sink_logits": None, **options})
+
+
+def check(call: Call, dtype: torch.dtype) -> None:
+    """Out and lse of ``native`` against the float64 reference on the same rounded tensors."""
+    if dtype != torch.float32:
+        call.options["sink_logits"] = None  # joining a sink rounds a second time
+    low, exact = lowered(call, dtype)
+    out, lse = attend(low, "native")
+    want, want_lse = attend(exact, "reference")
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert_close(lse, want_lse, 2e-5, "lse")
+    if dtype == torch.float32:
+        assert_close(out, want, 1e-5, "out")
+        return
+    # one rounding of the result, and in bfloat16 one of every weight: at most eps/2 of the mean |v| that the row sees
+    exact.v = exact.v.abs()
+    weights = attend(exact, "reference")[0] if dtype == torch.bfloat16 else 0.0
+    bound = torch.finfo(dtype).eps / 2 * (want.abs() + weights) + 2e-5
+    assert out.isfinite().all()
+    worst = ((out.double() - want).abs() / bound).max() if out.numel() else 0.0
+    assert worst <= 1.0, f"off by {worst:.2f} of what rounding allows"
+
+
+def gradients(call: Call, impl: str) -> dict[str, Tensor]:
+    """Gradients of a loss that reads out and lse."""
+    leaves = {name: t.clone().requires_grad_() for name, t in call.leaves().items() if name != "bias"}
+    options = {**call.options, "sink_logits": leaves.get("sink_logits")}
+    out, lse = attend(Call(leaves["q"], leaves["k"], leaves["v"], call.layout, call.causal, options), impl)
+    make = torch.Generator().manual_seed(9)
+    weights = [torch.randn(t.shape, generator=make, dtype=torch.float64).to(call.q.dtype) for t in (out, lse)]
+    loss = (out * weights[0]).sum() + (finite(lse) * weights[1]).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(t) if x is None else x for (n, t), x in zip(leaves.items(), found, strict=True)}
+
+
+def check_gradients(call: Call, dtype: torch.dtype) -> None:
+    """Gradients against the reference's; in half precision by the size of the whole error."""
+    if dtype != torch.float32:
+        call.options["sink_logits"] = None
+    low, exact = lowered(call, dtype)
+    got, want = gradients(low, "native"), gradients(exact, "reference")
+    for name, value in want.items():
+        if dtype == torch.float32:
+            assert_close(got[name], value, 1e-4, f"gradient of {name}")
+            continue
+        assert got[name].dtype == dtype
+        error, size = (got[name].double() - value).norm(), value.norm()
+        allowed = 2 * torch.finfo(dtype).eps * size + 1e-3 * math.sqrt(value.numel())
+        assert error <= allowed, f"gradient of {name} is off by {error / size:.3g} of its size"
+
+
+@TRAINED
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_gradients_of_random_calls(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    check_gradients(data.draw(calls(kind)), dtype)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_random_calls(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    check(data.draw(calls(kind)), dtype)
+
+
+SIZES = [
+    (1, 1, 1, 1, 1, 16, 16),
+    (1, 1, 1, 63, 63, 64, 64),
+    (1, 1, 1, 64, 64, 64, 64),
+    (2, 1, 1, 65, 65, 64, 64),
+    (1, 2, 1, 95, 127, 64, 64),
+    (1, 2, 2, 97, 129, 32, 80),
+    (1, 3, 1, 128, 191, 33, 17),
+    (1, 1, 1, 129, 257, 128, 128),
+    (1, 2, 1, 7, 320, 256, 256),
+    (1, 1, 1, 200, 70, 96, 192),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+def test_edges_of_tiles_on_every_instruction_set(
+    isa: str, sizes: tuple[int, ...], causal: bool, dtype: torch.dtype
+) -> None:
+    check(random_call(0, sizes, causal=causal), dtype)
+    check_gradients(random_call(0, sizes, causal=causal), dtype)
+
+
+FEW = {
+    "decode": (1, 9, 3, 1, 700, 64, 64),
+    "one head, keys are split": (1, 1, 1, 1, 1500, 64, 48),
+    "a few rows after a cache": (2, 4, 2, 5, 390, 33, 16),
+    "as many rows as are few": (1, 2, 1, 48, 300, 64, 64),
+    "wide": (1, 2, 2, 3, 600, 128, 200),
+}
+
+
+@pytest.mark.parametrize("sizes", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_on_every_instruction_set(isa: str, sizes: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    bias = torch.linspace(-1, 1, sizes[1] * 21, dtype=torch.float64).view(sizes[1], 21)
+    check(random_call(11, sizes), dtype)
+    check(random_call(11, sizes, causal=False, scale=-0.3, softcap=2.0), dtype)
+    check(random_call(11, sizes, bias=bias), dtype)
+    batch, heads, kv_heads, q_len, kv_len, *_ = sizes
+    make = torch.Generator().manual_seed(1)
+    for of_heads in (1, kv_heads, heads):
+        lists = random_lists(make, batch, of_heads, q_len, kv_len, 3, kv_len // 3, True)
+        check(random_call(12, sizes, lists), dtype)
+    check(random_call(13, sizes, random_blocks(make, batch, heads, q_len, kv_len, (64, 64), True)), dtype)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("block", [1, 16, 100])
+@pytest.mark.parametrize("of_heads", [1, 2, 6])
+def test_lists_of_keys_on_every_instruction_set(isa: str, block: int, of_heads: int) -> None:
+    sizes = (2, 6, 2, 210, 330, 64, 48)
+    lists = random_lists(torch.Generator().manual_seed(2), 2, of_heads, 210, 330, block, 150, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(random_call(14, sizes, lists), dtype)
+    whole = KeySelection(torch.arange(330).expand(1, 1, -(-210 // block), -1), block)
+    check(random_call(15, sizes, whole), torch.float32)
+
+
+@pytest.mark.parametrize("tile", [(64, 64), (128, 128), (128, 64), (16, 16), (1, 8), (96, 48), (200, 130)], ids=str)
+@pytest.mark.parametrize("mod", [False, True])
+def test_block_masks_on_every_instruction_set(isa: str, tile: tuple[int, int], mod: bool) -> None:
+    sizes = (2, 4, 2, 270, 330, 64, 48)
+    mask = random_blocks(torch.Generator().manual_seed(sum(tile)), 2, 4, 270, 330, tile, mod)
+    for causal in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            check(random_call(1, sizes, mask, causal), dtype)
+            check_gradients(random_call(1, sizes, mask, causal), dtype)
+    check(random_call(2, sizes, mask, True, softcap=1.5, scale=-0.4), torch.float32)
+    check_gradients(random_call(2, sizes, mask, True, softcap=1.5, scale=-0.4), torch.float32)
+
+
+@KINDS
+@settings(max_examples=30)
+@given(data=st.data())
+def test_every_demand_of_a_host(kind: str, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, longest=30))
+    batch, heads, q_len = call.q.shape[:3]
+    host = data.draw(hosts((q_len, call.k.shape[2]), batch))
+    base = host.base()
+    if data.draw(st.booleans()):
+        table = torch.rand(batch, q_len, host.kv_len, generator=torch.Generator().manual_seed(heads)) < 0.6
+        base.predicate, base.plain = lambda b, h, q, k: table[b, q, k], False
+        base.cache["predicate_batch"] = batch
+    low, exact = lowered(call, torch.float32)
+    leaves = [[t.clone().requires_grad_() for t in (c.q, c.k, c.v)] for c in (low, exact)]
+    found = []
+    if kind == "lists" and base.predicate is not None:
+        reason = "cannot ask the host's own mask"
+        with torch.no_grad(), pytest.raises(UnsupportedError, match=reason):
+            compute(AttentionCall(low.q, low.k, low.v, call.layout, base, 0.7), "native")
+        return
+    for impl, c, (q, k, v) in (("native", low, leaves[0]), ("reference", exact, leaves[1])):
+        options = {"softcap": c.options["softcap"], "bias": c.options["bias"]}
+        with torch.set_grad_enabled(kind != "lists"):
+            out, lse = compute(AttentionCall(q, k, v, c.layout, base, 0.7, **options), impl)
+        assert lse is not None
+        found.append([out.detach(), lse.detach()])
+        if kind != "lists":
+            loss = out.square().sum() + finite(lse).sum()
+            found[-1] += torch.autograd.grad(loss, [q, k, v])
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=False):
+        assert_close(a, b, 1e-4, name)
+
+
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+def test_any_strides_without_copies(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(0)
+    cache = torch.randn(2, 150, 2, 2, 72, generator=make).to(dtype)  # (batch, tokens, k or v, heads, channels)
+    q = torch.randn(2, 130, 4, 72, generator=make).to(dtype).transpose(1, 2)
+    k, v = cache[:, 7:137, 0].transpose(1, 2), cache[:, 7:137, 1].transpose(1, 2)
+    views = [
+        (q, k, v),
+        (q[..., ::2], k[..., ::2], v[..., 1::3]),
+        (q[:, :, ::2], k[:, :, :65], v[:, :, :65]),
+        (q, k[:, :1].expand(-1, 2, -1, -1), v[:1].expand(2, -1, -1, -1)),
+        (q[..., 1:], k[..., :-1], v[..., 1:2]),
+        (q.flip(2), k, v.flip(3)),
+    ]
+    for q_view, k_view, v_view in views:
+        loose, packed = Call(q_view, k_view, v_view, None, True, {}), [t.contiguous() for t in (q_view, k_view, v_view)]
+        out, lse = attend(loose, "native")
+        same, same_lse = attend(Call(*packed, None, True, {}), "native")
+        assert torch.equal(out, same)
+        assert torch.equal(lse, same_lse)
+        both = [[t.detach().requires_grad_() for t in (q_view, k_view, v_view)], [t.requires_grad_() for t in packed]]
+        grads = [
+            torch.autograd.grad(attend(Call(*leaves, None, True, {}), "native")[0].sum(), leaves) for leaves in both
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_rows_that_see_nothing(isa: str) -> None:
+    kinds = torch.tensor([[[[0, 0, 0], [1, 2, 0], [0, 0, 2]]]], dtype=torch.int8)
+    mask = block_mask(kinds, (64, 64), (150, 170), lambda b, h, q, k: q < 70)
+    call = random_call(3, (1, 2, 1, 150, 170, 32, 32), mask, False)
+    low, _ = lowered(call, torch.float32)
+    out, lse = attend(low, "native")
+    blind = torch.zeros(150, dtype=torch.bool)
+    blind[:64] = True
+    assert (out[:, :, blind] == 0).all()
+    assert (lse[:, :, blind] == -torch.inf).all()
+    assert lse[:, :, ~blind].isfinite().all()
+    grads = gradients(low, "native")
+    assert (grads["q"][:, :, blind] == 0).all()
+    assert all(g.isfinite().all() for g in grads.values())
+    check_gradients(call, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_and_minus_infinite_logits(isa: str, dtype: torch.dtype) -> None:
+    call = random_call(4, (1, 2, 1, 70, 140, 16, 16), causal=False, scale=1.0)
+    call.q, call.k = call.q.abs() + 0.1, call.k * 1e4
+    call.k[0, 0, 5:70] = -math.inf  # those keys have logit −inf for every row
+    low, exact = lowered(call, dtype)
+    out, lse = attend(low, "native")
+    want, want_lse = attend(exact, "reference")
+    assert_close(out, want, 1e-3 if dtype == torch.float32 else 2e-2)
+    assert_close(lse, want_lse, 1e-5)
+    call.k[:] = -math.inf  # a row whose every logit is −inf sees nothing
+    out, lse = attend(lowered(call, dtype)[0], "native")
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_stays_in_its_head_and_row(isa: str, dtype: torch.dtype) -> None:
+    call = random_call(5, (2, 4, 2, 130, 130, 32, 32))
+    clean, _ = lowered(call, dtype)
+    want = attend(clean, "native")[0]
+    for which, head, rows in (("q", 1, slice(77, 78)), ("k", 1, slice(77, None)), ("v", 0, slice(77, None))):
+        dirty = Call(clean.q.clone(), clean.k.clone(), clean.v.clone(), None, True, clean.options)
+        getattr(dirty, which)[1, head, 77] = math.nan
+        heads = [1] if which == "q" else [2 * head, 2 * head + 1]
+        out, lse = attend(dirty, "native")
+        hit = torch.zeros(2, 4, 130, dtype=torch.bool)
+        hit[1, heads, rows] = True
+        assert out[hit].isnan().any(-1).all(), which
+        if which != "v":
+            assert lse[hit].isnan().all()
+        if which == "v":  # a hidden key's value enters with weight 0, and 0 · NaN is NaN, in the reference as well
+            hit[1, heads] = True
+        assert torch.equal(out[~hit], want[~hit]), which
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_are_bitwise_equal_at_a_fixed_number_of_threads(kv_heads: int, dtype: torch.dtype) -> None:
+    mask = random_blocks(torch.Generator().manual_seed(0), 1, 3, 700, 700, (64, 64), True)
+    call, _ = lowered(random_call(6, (1, 3, kv_heads, 700, 700, 64, 64), mask), dtype)
+    for threads in (2, 5):  # more threads than processors, too
+        torch.set_num_threads(threads)
+        first = [*attend(call, "native"), *gradients(call, "native").values()]
+        for _ in range(3):
+            again = [*attend(call, "native"), *gradients(call, "native").values()]
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.set_num_threads(1)
+    alone = attend(call, "native")
+    assert all(torch.equal(a, b) for a, b in zip(first, alone, strict=False)), "forward does not depend on threads"
+
+
+def test_calls_from_many_threads_at_once() -> None:
+    call, _ = lowered(random_call(7, (1, 4, 2, 300, 300, 32, 32)), torch.float32)
+    torch.set_num_threads(2)
+    want = attend(call, "native")[0]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: attend(call, "native")[0], range(48)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(out, want) for out in found)
+
+
+FORKED = """
+import os, sys, torch, foveal
+torch.set_num_threads(2)
+q, k, v = (torch.randn(1, 4, 300, 32) for _ in range(3))
+want = foveal.attention(q, k, v, causal=True, impl="native")  # the helpers now exist
+child = os.fork()
+if child == 0:
+    same = torch.equal(foveal.attention(q, k, v, causal=True, impl="native"), want)
+    os._exit(0 if same else 3)
+assert os.waitpid(child, 0)[1] == 0, "the forked child failed"
+assert torch.equal(foveal.attention(q, k, v, causal=True, impl="native"), want), "the parent failed after the fork"
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+    def __getitem__(self, i):
+        return foveal.attention(q, k, v, causal=True, impl="native")
+
+for out in torch.utils.data.DataLoader(Data(), batch_size=1, num_workers=2, multiprocessing_context="fork"):
+    assert torch.allclose(out[0], want)
+print("fine")
+"""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_fork_and_data_loader_workers() -> None:
+    done = python(FORKED)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_the_environment_forces_an_instruction_set() -> None:
+    code = "import foveal.kernels.native as n; print(n.unavailable(), n._native.variant())"
+    for name in VARIANTS:
+        assert python(code, FOVEAL_ISA=name).stdout == f"None {name}\n"
+    wrong = python("import foveal.kernels.native as n; print(n.unavailable())", FOVEAL_ISA="sse9")
+    assert wrong.stdout.startswith("cannot start: FOVEAL_ISA is 'sse9'; this machine runs "), wrong.stderr
+    assert VARIANTS[0] in wrong.stdout
+
+
+def test_without_the_compiled_part_everything_else_works() -> None:
+    code = """
+import sys
+sys.modules["foveal.kernels.native._native"] = None
+import torch, foveal
+from foveal.core.info import info
+q = torch.randn(1, 2, 20, 16)
+said = foveal.explain(q, q, q, causal=True)
+assert said.impl == "sdpa", said
+print(said.refused["native"][0] == info()["implementations"]["native"]["problem"], said.refused["native"][0])
+"""
+    done = python(code)
+    assert done.stdout.startswith("True needs its C++ part"), done.stderr
+    assert "install g++ or clang" in done.stdout
+
+
+CORRUPT = {
+    "a tile past the end": ("kv_indices", lambda t: t.fill_(99), "kv_indices names tiles 99…99; expected 0…2"),
+    "a negative tile": ("full_kv_indices", lambda t: t.fill_(-1), "full_kv_indices names tiles -1…-1; expected 0…2"),
+    "too many tiles": ("kv_num_blocks", lambda t: t.fill_(7), "kv_num_blocks spans 7…7; expected 0…3"),
+    "a negative count": ("full_kv_num_blocks", lambda t: t.fill_(-2), "full_kv_num_blocks spans -2…-2"),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+def test_corrupt_masks_raise(case: str) -> None:
+    name, spoil, message = CORRUPT[case]
+    mask = block_mask(torch.tensor([[[[1, 2, 0], [2, 1, 1], [0, 2, 1]]]], dtype=torch.int8), (64, 64), (150, 150))
+    spoil(getattr(mask, name))
+    call, _ = lowered(random_call(0, (1, 1, 1, 150, 150, 16, 16), mask), torch.float32)
+    with pytest.raises(ShapeError, match=message):
+        attend(call, "native")
+
+
+def test_the_compiled_door_checks_every_index_itself() -> None:
+    q = torch.zeros(1, 1, 100, 16)
+    bounds = [torch.zeros(1, 100, dtype=torch.long), torch.full((1, 100), 100)]
+    kinds, table = torch.ones(1, 1, 2, 2, dtype=torch.int8), torch.zeros(3, 64, 1, dtype=torch.long)
+    slot = torch.zeros(1, 1, 2, 2, dtype=torch.int32)
+
+    def run(kinds: Tensor, slot: Tensor, table: Tensor, tile: list[int]) -> None:
+        ops.attention(q, q, q, *bounds, None, kinds, slot, table, None, None, tile, 1.0, 0.0, 0)
+
+    run(kinds, slot, table, [64, 64])
+    for value in (3, -2):
+        wrong = slot.clone()
+        wrong[0, 0, 1, 1] = value
+        with pytest.raises(ValueError, match="a tile names a row that the table does not have"):
+            run(kinds, wrong, table, [64, 64])
+    with pytest.raises(ValueError, match="do not cover the rows and keys"):
+        run(kinds, slot, table, [32, 64])
+    index = torch.full((1, 1, 2, 3), 100)
+    with pytest.raises(ValueError, match="a list names a key that does not exist"):
+        ops.attention(q, q, q, *bounds, None, None, None, None, index, None, [64, 0], 1.0, 0.0, 0)
+    with pytest.raises(ValueError, match="another number of heads"):
+        run(kinds.expand(1, 3, 2, 2).contiguous(), slot, table, [64, 64])
+
+
+def test_refusals_name_their_reason() -> None:
+    call = random_call(0, (1, 2, 2, 20, 20, 8, 8))
+    with pytest.raises(UnsupportedError, match="computes in float32 or lower"):
+        attend(call, "native")
+    low, _ = lowered(call, torch.float32)
+    bias = torch.zeros(2, 5, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="no gradient for the relative-position bias"):
+        attend(low, "native", bias=bias)
+    with torch.no_grad():
+        attend(low, "native", bias=bias)
+    lists = KeySelection(torch.zeros(1, 1, 20, 1, dtype=torch.long), 1)
+    with pytest.raises(UnsupportedError, match="no gradient through a KeySelection"):
+        attend(Call(low.q.requires_grad_(), low.k, low.v, lists, True, {}), "native")
+    groups = random_groups(torch.Generator().manual_seed(0), (1, 2, 2, 20, 20), 2, False, "softmax")
+    with pytest.raises(UnsupportedError, match="the call has Groups"):
+        attend(Call(low.q, low.k, low.v, groups, True, {}), "native")
+
+
+# --- torch's machinery -----------------------------------------------------------------------------------------------
+
+
+def operator_arguments(mask: BlockMask | None = None, grad: bool = True) -> tuple[Any, ...]:
+    call, _ = lowered(random_call(8, (1, 2, 1, 100, 100, 16, 16), mask), torch.float32)
+    seen = visible(AttentionCall(call.q, call.k, call.v, mask, call.host.base(), 0.25))
+    q, k, v = (t.requires_grad_(grad) for t in (call.q, call.k, call.v))
+    return (
+        q, k, v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, None, None, list(seen.tile), 0.25, 0.0, 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked: bool) -> None:
+    mask = random_blocks(torch.Generator().manual_seed(0), 1, 2, 100, 100, (32, 32), True) if masked else None
+    torch.library.opcheck(ops.attention, operator_arguments(mask))
+    q, k, v, *rest = operator_arguments(mask, grad=False)
+    out, lse = ops.attention(q, k, v, *rest)
+    torch.library.opcheck(ops.attention_backward, (torch.ones_like(out), None, q, k, v, out, lse, *rest[:6], *rest[7:]))
+
+
+def test_compiled_whole_graph_equals_eager() -> None:
+    arguments = operator_arguments()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = ops.attention(2 * q, k, v, *arguments[3:])
+        return out.square().sum() + lse.sum()
+
+    grads = [
+        torch.autograd.grad(how(*arguments[:3]), arguments[:3])
+        for how in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_gives_the_same_gradients(reentrant: bool) -> None:
+    call, _ = lowered(random_call(9, (1, 2, 1, 140, 140, 16, 16)), torch.float32)
+    leaves = [t.requires_grad_() for t in (call.q, call.k, call.v)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return foveal.attention(q, k, v, SlidingWindow(30, sinks=2), causal=True, softcap=5.0, impl="native")
+
+    plain = torch.autograd.grad(run(*leaves).square().sum(), leaves)
+    checkpoint(run, *leaves, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(leaf.grad, want) for leaf, want in zip(leaves, plain, strict=True))
+
+
+def test_second_derivatives_raise() -> None:
+    call, _ = lowered(random_call(9, (1, 2, 1, 20, 20, 16, 16)), torch.float32)
+    q = call.q.requires_grad_()
+    (grad,) = torch.autograd.grad(attend(call, "native")[0].square().sum(), q, create_graph=True)
+    with pytest.raises(UnsupportedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_gradients_by_differences() -> None:
+    call = random_call(10, (1, 2, 1, 9, 11, 4, 3))
+    low, exact = lowered(call, torch.float32)
+    got = gradients(low, "native")
+    for name in ("q", "k", "v"):
+        step = 1e-5
+        leaf = getattr(exact, name)
+        for at in (0, leaf.numel() // 2, leaf.numel() - 1):
+            values = []
+            for sign in (1, -1):
+                leaf.view(-1)[at] += sign * step
+                out, lse = attend(exact, "reference")
+                make = torch.Generator().manual_seed(9)
+                weights = [torch.randn(t.shape, generator=make, dtype=torch.float64) for t in (out, lse)]
+                values.append(float((out * weights[0]).sum() + (finite(lse) * weights[1]).sum()))
+                leaf.view(-1)[at] -= sign * step
+            assert float(got[name].view(-1)[at]) == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-4)
