@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import foveal
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.core.base_mask import BaseMask
@@ -175,6 +176,7 @@ def main() -> None:
         "what": "attentions of diffusion models against torch's dense SDPA, medians of interleaved runs",
         "shape": {"image": [args.side, args.side], "text": TEXT, "heads": HEADS, "head_dim": DIM, "dtype": "float32"},
         "targets": verdict(rows),
+        "block_masks_run_by": foveal.explain(q, k, v, Disc(8, (args.side, args.side), TEXT)).impl,
         "load_before": load,
         "repeats": args.repeats,
         "cases": rows,
