@@ -38,8 +38,9 @@ namespace {
 // threads of ours for the processors; so a job runs on them. A forked child must not use its parent's team.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+const pid_t home = getpid();  // where this library was loaded
+
 Parallel torch_threads() {
-  static const pid_t home = getpid();
   static const Parallel found = [] {
     void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel")) : nullptr;
