@@ -19,8 +19,8 @@ setup: $(READY) ## make .venv with pinned dependencies and foveal itself
 tune: $(READY) ## the main job on SmolLM2-135M: which attention at 4,096 tokens on this machine? Writes out/tune
 	$(BIN)/foveal tune smollm2 --context 4096 --out out/tune
 
-test: $(READY) ## all tests that need no GPU
-	$(BIN)/python -m pytest
+test: $(READY) ## all tests that need no GPU, two at a time
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -36,6 +36,8 @@ TRAIN, LONG = 1024, 2048
 HELD_OUT = 8
 """Held-out pieces of ``LONG`` tokens."""
 FIXED = 64
+THRESHOLDS = (1.1, 0.0, -0.5)
+"""Logits above which a boundary is set: the authors' value, and lower ones for a model that they did not train on."""
 
 
 def pieces(ids: Tensor, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -124,9 +126,12 @@ def main() -> None:
     result = {
         "model": loaded.name,
         "text": text.text_name(),
-        "settings": {"epochs": args.epochs, "seed": args.seed, "lr": args.lr, "density": args.density, "threshold": pattern.threshold, "gap": pattern.gap},
+        "settings": {"epochs": args.epochs, "seed": args.seed, "lr": args.lr, "density": args.density, "gap": pattern.gap},
         "train": {"pieces": len(train), "tokens": TRAIN, "loss_by_epoch": [statistics.fmean(x) for x in per_epoch], "positives": trained.positives},
-        "held_out": {"pieces": len(held_out), "tokens": LONG, **compare(loaded.model, held_out, pattern)},
+        "held_out": {
+            "pieces": len(held_out), "tokens": LONG,
+            "by_threshold": {str(t): compare(loaded.model, held_out, replace(pattern, threshold=t)) for t in THRESHOLDS},
+        },
         "weights_sha256": pattern.predictor_sha256,
     }  # fmt: skip
     print(f"wrote {write_result(args.out, rounded(result))}")
