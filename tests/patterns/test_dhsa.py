@@ -19,7 +19,7 @@ from foveal.kernels.pooling import mean_rows
 from foveal.kernels.reference import visible_pairs
 from foveal.layers.boundary import BoundaryPredictor
 from foveal.patterns import DHSA, Pattern
-from foveal.patterns.boundaries import boundary_logits, load_predictor, pick_boundaries
+from foveal.patterns.boundaries import boundary_logits, find_file, load_predictor, pick_boundaries, read_predictor
 from foveal.patterns.dhsa_blocks import by_distance
 from foveal.patterns.dhsa_chunks import (
     NONE,
@@ -287,6 +287,19 @@ def test_predictor_equals_the_definition_position_by_position(heads, window, gat
         cos = nn.functional.cosine_similarity(left, right)[:, None]
         f = torch.cat([left, right, (left - right).abs(), left * right, cos], -1)
         torch.testing.assert_close(logits[:, i], module.score(torch.relu(module.hidden(f)))[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_predictor_that_ships_fits_smollm2():
+    """3 key heads of 64; named without a folder; its digest is in the pattern's JSON, and its training in its metadata."""
+    pattern = DHSA.with_predictor("smollm2-135m.safetensors", budget=Budget(tokens=100), threshold=-0.5, q_block=32)
+    assert Pattern.from_json(pattern.to_json()) == pattern
+    assert load_predictor(pattern.predictor, pattern.predictor_sha256).key_dim == 3 * 64
+    _, meta = read_predictor(find_file("smollm2-135m.safetensors"))
+    assert meta["model"] == "smollm2" and meta["epochs"] == "2"
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 9, 200, 64, generator=g), torch.randn(1, 3, 200, 64, generator=g)
+    layout, state = pattern.select(q, k, SelectContext(base=BaseMask.build(200, 200, causal=True)), None)
+    assert layout.index.shape[2] == 7 and int(state.first[0, 0]) == 0
 
 
 def test_predictor_round_trip_and_refusals(tmp_path):
