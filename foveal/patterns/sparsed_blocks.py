@@ -61,7 +61,9 @@ def side_importance(
     group, block, nkb = heads // k.shape[1], sides.block, sides.answer.shape[1]
     nqb = -(-q_len // block)
     kind = compute_dtype(q.dtype)
-    answer = sides.answer.repeat_interleave(block, 1)[:, None, None, : base.kv_len]  # (B or 1, 1, 1, Nk)
+    answer = sides.answer[:, None, None]  # (B or 1, 1, 1, key blocks)
+    tail = nkb * block - base.kv_len
+    cut = base.causal or not base.plain
     size = torch.full_like(sides.sizes, block) if padded else sides.sizes.clamp(min=1)
     real = real_rows(base)
     out = q.new_zeros(2, batch, heads, nqb, nkb, dtype=kind)
@@ -77,15 +79,17 @@ def side_importance(
                 own = slice(first, min(first + some, (kv_head + 1) * group))
                 h = torch.arange(own.start, own.stop, device=q.device)[:, None, None]
                 logits = (q[:, own, rows[0] : rows[-1] + 1].to(kind) @ k_t) * scale
-                logits = logits.masked_fill(~base.allowed(b, h, rows[:, None], keys), -torch.inf)
+                if cut:
+                    logits = logits.masked_fill(~base.allowed(b, h, rows[:, None], keys), -torch.inf)
+                logits = pad(logits, (0, tail), value=-torch.inf) if tail else logits
                 weight = real[:, None, rows, None].to(kind)
+                per_block = torch.logsumexp(logits.unflatten(-1, (nkb, block)), -1)  # the only pass over single keys
                 for side, hidden in enumerate((answer if apart else None, ~answer)):
-                    seen = logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+                    seen = per_block if hidden is None else per_block.masked_fill(hidden, -torch.inf)
                     share = (
                         torch.softmax(seen, -1).nan_to_num(0.0) * weight
-                    )  # rows without a key of this side count for nothing
-                    mean = pad(share.sum(2), (0, nkb * block - base.kv_len)).unflatten(-1, (nkb, block)).sum(-1)
-                    out[side, :, own, u] = mean / (weight.sum(2).clamp(min=1) * size[:, None])
+                    )  # a row without a key of this side counts 0
+                    out[side, :, own, u] = share.sum(2) / (weight.sum(2).clamp(min=1) * size[:, None])
     return out[0], out[1]
 
 
