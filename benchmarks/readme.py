@@ -1,6 +1,6 @@
-"""Fill the README's measured blocks from the committed result files: ``python benchmarks/readme.py [--check]``.
+"""Fill the measured blocks of README and docs from the committed result files: ``python benchmarks/readme.py [--check]``.
 
-Nothing here measures. ``--check`` writes nothing and exits with 1 when the README or its picture is stale.
+Nothing here measures. ``--check`` writes nothing and exits with 1 when a page or the README's picture is stale.
 """
 
 from __future__ import annotations
@@ -96,25 +96,84 @@ def speed_block() -> str:
     return "\n".join(lines)
 
 
+NATIVE = {
+    "forward": "dense, 8,192 tokens",
+    "causal": "causal, 4,096",
+    "dim128": "dense, D = 128, 4,096",
+    "length_2048": "dense, 2,048",
+    "length_256": "dense, 256",
+    "backward": "backward, 4,096",
+    "decode": "decode, 128 MiB of cache (limit: reading)",
+}
+"""Cases of ``native_speed.json`` that the documentation shows."""
+
+
+def native_block() -> str:
+    """The C++ kernels beside SDPA and beside the machine's measured limit."""
+    found = load("native_speed")
+    lines = [
+        "| case | float32: × SDPA | share of the limit | bfloat16: × SDPA | share of the limit |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for case, what in NATIVE.items():
+        cells = []
+        for dtype in ("float32", "bfloat16"):
+            row = found["cases"][f"{case}_{dtype}"]["native"]
+            cells += [f"{row['times_faster_than_sdpa']['median']:.2f}", f"{row['best_share_of_peak']:.0%}"]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    where = found["provenance"]
+    lines += [
+        "",
+        f"{found['threads']} threads, 8 heads of 64, instruction set `{found['instruction_set']}`, {_machine(where['machine'])}, "
+        f"torch {where['torch']}, {where['date'][:10]}; medians of turns, shares of the limit from the best turn. "
+        "Source: `benchmarks/results/native_speed.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def sparse_block() -> str:
+    """Block-sparse attention by the C++ kernels, at a tenth of the blocks."""
+    found = load("native_speed")
+    lines = [
+        "| 10 % of the blocks, at random | time over density × own dense time | × compiled FlexAttention |",
+        "|---|---:|---:|",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        for size in (64, 128):
+            row = found["cases"][f"forward_{dtype}"][f"native_sparse_{size}"]
+            over = row["time_over_dense"]["median"] / 0.1
+            flex = row.get("times_faster_than_flex", {}).get("median")
+            lines.append(f"| {dtype}, blocks of {size} | {over:.2f} | {'–' if flex is None else f'{flex:.2f}'} |")
+    return "\n".join(lines)
+
+
 def load(name: str) -> dict[str, Any]:
     """One committed result file."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
-def blocks() -> dict[str, str]:
-    """Every measured block of the README, by name."""
-    return {"tune": tune_block(load("tune_smollm2_4096")), "speed": speed_block()}
+def blocks() -> dict[str, dict[str, str]]:
+    """Every measured block, by page and name."""
+    native = native_block()
+    return {
+        "README.md": {"tune": tune_block(load("tune_smollm2_4096")), "speed": speed_block(), "native": native},
+        "docs/native.md": {"native": native, "native-sparse": sparse_block()},
+    }
 
 
 def main(check: bool) -> int:
-    readme = ROOT / "README.md"
-    text = before = readme.read_text(encoding="utf-8")
-    for name, body in blocks().items():
-        text = replace_block(text, name, body)
+    stale = not PICTURE.is_file()
+    for page, parts in blocks().items():
+        path = ROOT / page
+        text = before = path.read_text(encoding="utf-8")
+        for name, body in parts.items():
+            text = replace_block(text, name, body)
+        stale = stale or text != before
+        if not check:
+            path.write_text(text, encoding="utf-8")
     if check:
-        return int(text != before or not PICTURE.is_file())
-    readme.write_text(text, encoding="utf-8")
+        return int(stale)
     picture(load("tune_smollm2_4096"), PICTURE)
     return 0
 
@@ -122,5 +181,5 @@ def main(check: bool) -> int:
 if __name__ == "__main__":
     stale = main("--check" in sys.argv[1:])
     if stale:
-        print("README.md is stale: run python benchmarks/readme.py")
+        print("README.md, a page of docs or the picture is stale: run python benchmarks/readme.py")
     sys.exit(stale)
