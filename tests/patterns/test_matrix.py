@@ -132,7 +132,8 @@ def test_full_budget_is_dense(row: Row, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "host"), [(r, h) for r in PATTERNS for h in sorted(PATTERNS[r].refuses)] or [pytest.param("", "", id="none")]
+    ("row", "host"),
+    [(r, h) for r in PATTERNS for h in sorted(PATTERNS[r].refuses)] or [pytest.param("", "", id="none")],
 )
 def test_refused_hosts_are_refused_by_name(row: str, host: str) -> None:
     if row:
