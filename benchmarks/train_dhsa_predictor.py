@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveal.bench.results import rounded, write_result
 from foveal.core.budget import Budget
-from foveal.core.context import SelectContext
+from foveal.core.context import SelectContext, Selection
 from foveal.data import text
 from foveal.hf.load import load_model
 from foveal.kernels.call import AttentionCall
@@ -62,9 +62,8 @@ def recall(layer: Recorded, pattern: DHSA, earlier: dict[int, Any], index: int) 
 
 def compare(model: Any, held_out: list[Tensor], pattern: DHSA) -> dict[str, Any]:
     """Per kind of boundaries the mean recall, and the paired differences by piece and layer."""
-    from foveal.core.context import Selection
-
     by_kind: dict[str, list[float]] = {"predicted": [], "equal count": [], f"equal {FIXED}": []}
+    bare = replace(pattern, predictor="", predictor_sha256="")
     chunks = []
     for ids in held_out:
         leader: dict[int, Selection] = {}
@@ -75,7 +74,6 @@ def compare(model: Any, held_out: list[Tensor], pattern: DHSA) -> dict[str, Any]
             by_kind["predicted"].append(got)
             if index == 0:
                 chunks.append(count)
-            bare = replace(pattern, predictor="", predictor_sha256="")
             for name, length in (("equal count", max(1, round(ids.shape[1] / count))), (f"equal {FIXED}", FIXED)):
                 by_kind[name].append(recall(layer, replace(bare, chunk=length), {}, index)[0])
     gains = [a - b for a, b in zip(by_kind["predicted"], by_kind["equal count"], strict=True)]

@@ -32,7 +32,8 @@ def reproduce(
         return
     folder = out or engine.default_out()
     for one in claims:
-        note(f"{one.id} …") if not engine.obstacle(one) else None
+        if not engine.obstacle(one):
+            note(f"{one.id} …")
         for outcome in engine.reproduce(slug, one.id, out=folder):
             console.print(render(outcome))
             if outcome.result is not None:

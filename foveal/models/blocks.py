@@ -35,7 +35,7 @@ class Memory:
     @property
     def length(self) -> int:
         """Tokens remembered."""
-        return self.keys[0].shape[2] if self.keys else 0
+        return next((k.shape[2] for k in self.keys.values()), 0)  # layers of another kind keep none
 
 
 @dataclass(eq=False)

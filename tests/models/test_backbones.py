@@ -81,6 +81,13 @@ def test_layers_take_another_attention_from_the_factory():
     assert model(ids(2, 9)).shape == (2, 9, VOCAB)
 
 
+def test_a_memory_counts_the_tokens_of_whichever_layer_keeps_keys():
+    model = DecoderLM(VOCAB, dim=16, depth=2, attention=lambda i: SelfAttention(16, 2, 1) if i else Mean()).eval()
+    memory = Memory()
+    model(ids(1, 5), memory=memory)
+    assert memory.length == 5
+
+
 def test_generate_is_greedy_and_stops():
     model, x = decoder(), ids(2, 6)
     got = model.generate(x, 5)
