@@ -93,6 +93,34 @@ class Groups:
     per_head: bool = False
     combine: Literal["softmax", "mean"] = "softmax"
 
+    @classmethod
+    def packed(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None) -> Groups:
+        """Sequences that lie one after the other along the length of a batch of one; each attends to itself alone.
+
+        Args:
+            cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` boundaries, starting with 0; the keys' default to the queries'.
+
+        With ``causal=True`` a row sees the keys up to its own place along the whole length, so the two must be equal then.
+
+        Raises:
+            ShapeError: boundaries that are not whole numbers rising from 0, or not as many for keys as for queries.
+        """
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if cu.dim() != 1 or cu.is_floating_point() or cu.numel() < 1 or int(cu[0]) or bool((cu.diff() < 0).any()):
+                raise ShapeError(
+                    f"{name} has shape {tuple(cu.shape)}, dtype {cu.dtype} and begins with {cu.flatten()[:6].tolist()}; expected one "
+                    "dimension of whole numbers that rise from 0. Pass the cumulative lengths with a leading 0."
+                )
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ShapeError(
+                f"cu_seqlens_q bounds {cu_seqlens_q.numel() - 1} sequences and cu_seqlens_k {cu_seqlens_k.numel() - 1}; expected as many."
+            )
+        cu_q, cu_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+        return cls(
+            torch.arange(int(cu_q[-1]), device=cu_q.device), cu_q, torch.arange(int(cu_k[-1]), device=cu_k.device), cu_k
+        )
+
     def validate(self, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`ShapeError` unless boundaries and indices fit these tensors."""
         if self.cu_q.shape != self.cu_k.shape or self.cu_q.dim() != 1:

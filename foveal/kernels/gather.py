@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.layouts import BlockMask, Groups, KeySelection
 from .block_plan import block_plan
 from .call import AttentionCall, compute_dtype
-from .group_plan import direct_plan, group_plan
+from .group_plan import average, direct_plan, group_plan
 from .list_plan import list_plan, one_row
 from .merged import attend_merged
 from .ragged import Plan, Scores, attend_rows
@@ -102,13 +102,4 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
         return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
     q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row
     out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias)
-    out, lse = out[:-1].to(lse.dtype), lse[:-1]
-    count = torch.zeros(total, dtype=lse.dtype, device=lse.device).index_add(0, owner, torch.ones_like(lse))
-    mean = torch.zeros(total, out.shape[-1], dtype=lse.dtype, device=out.device)
-    mean = mean.index_add(0, owner, out / count[owner, None])
-    top = torch.full_like(count, -torch.inf).scatter_reduce(0, owner, lse.detach(), "amax")
-    safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    norm = torch.zeros_like(safe).index_add(0, owner, torch.exp(lse - safe[owner]))
-    seen = norm > 0
-    merged_lse = torch.where(seen, torch.log(torch.where(seen, norm, torch.ones_like(norm))) + safe, -torch.inf)
-    return mean.to(call.q.dtype).view(batch, heads, q_len, -1), merged_lse.view(batch, heads, q_len)
+    return average(call, layout, out[:-1], lse[:-1])

@@ -21,16 +21,34 @@ def group_plan(call: AttentionCall, layout: Groups, budget: int) -> tuple[Tensor
 
     The plan writes one row more than there are memberships: the spare row takes what pads a bucket.
     """
-    device, q_len = call.q.device, call.base.q_len
-    heads = call.q.shape[1]
-    owner = layout.q_index
-    if not layout.per_head:
-        b, i = layout.q_index // q_len, layout.q_index % q_len
-        h = torch.arange(heads, device=device)
-        owner = ((b * heads)[None] + h[:, None]).mul(q_len).add(i).reshape(-1)
-    copies = 1 if layout.per_head else heads
-    reads = layout.k_index.numel() * copies
-    return owner, Plan(lambda: _batches(call, layout, budget), key_reads=reads)
+    reads = layout.k_index.numel() * (1 if layout.per_head else call.q.shape[1])
+    return owners(call, layout), Plan(lambda: _batches(call, layout, budget), key_reads=reads)
+
+
+def owners(call: AttentionCall, layout: Groups) -> Tensor:
+    """Flattened query row of every membership: of one head after the other where heads share the groups."""
+    if layout.per_head:
+        return layout.q_index
+    heads, q_len = call.q.shape[1], call.base.q_len
+    b, i = layout.q_index // q_len, layout.q_index % q_len
+    h = torch.arange(heads, device=call.q.device)
+    return ((b * heads)[None] + h[:, None]).mul(q_len).add(i).reshape(-1)
+
+
+def average(call: AttentionCall, layout: Groups, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``combine="mean"``: one output per query from one per membership ``(M, Dv)``, in the order of :func:`owners`."""
+    owner, total = owners(call, layout), call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
+    out = out.to(lse.dtype)
+    count = torch.zeros(total, dtype=lse.dtype, device=lse.device).index_add(0, owner, torch.ones_like(lse))
+    mean = torch.zeros(total, out.shape[-1], dtype=lse.dtype, device=out.device)
+    mean = mean.index_add(0, owner, out / count[owner, None])
+    top = torch.full_like(count, -torch.inf).scatter_reduce(0, owner, lse.detach(), "amax")
+    safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    norm = torch.zeros_like(safe).index_add(0, owner, torch.exp(lse - safe[owner]))
+    seen = norm > 0
+    merged_lse = torch.where(seen, torch.log(torch.where(seen, norm, torch.ones_like(norm))) + safe, -torch.inf)
+    shape = call.q.shape[:3]
+    return mean.to(call.q.dtype).view(*shape, -1), merged_lse.view(shape)
 
 
 FEW_SIZES = 16

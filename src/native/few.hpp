@@ -6,6 +6,7 @@
 #pragma once
 
 #include "direct.hpp"
+#include "listed.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
 
@@ -100,38 +101,6 @@ struct Few {
     return c;
   }
 
-  // The list of a chunk without its pads.
-  long keys_of(const Chunk& c, std::int64_t* list) const {
-    const long b = p.lists.batch > 1 ? c.b : 0, h = c.h * p.lists.heads / p.heads, block = c.first / block_rows;
-    const std::int64_t* from = p.lists.index + ((b * p.lists.heads + h) * block_count + block) * p.lists.width;
-    long count = 0;
-    for (long j = 0; j < p.lists.width; j++) {
-      list[count] = from[j];
-      count += from[j] >= 0;
-    }
-    return count;
-  }
-
-  // As shows() and row_bits(), for listed keys.
-  Shows look(const Chunk& c, const std::int64_t* list, long count, std::uint64_t* bits) const {
-    const std::uint8_t* valid = p.visible.valid ? p.visible.valid + (p.visible.valid_batch > 1 ? c.b : 0) * p.kv_len : nullptr;
-    std::int64_t first = list[0], last = list[0];
-    std::uint64_t real = 0;
-    for (long j = 0; j < count; j++) {
-      first = least(first, list[j]);
-      last = most(last, list[j]);
-      real |= (std::uint64_t)(!valid || valid[list[j]]) << j;
-    }
-    if (!real || last < c.lo_least || first >= c.hi_most) return Shows::nothing;
-    if (real == ~std::uint64_t(0) && !c.blind_rows && first >= c.lo_most && last < c.hi_least) return Shows::all;
-    for (long i = 0; i < c.per_head; i++) {
-      std::uint64_t seen = 0;
-      for (long j = 0; j < count; j++) seen |= (std::uint64_t)(list[j] >= c.lo[i] && list[j] < c.hi[i]) << j;
-      bits[i * BLOCK_PANELS] = seen & real;
-    }
-    return Shows::some;
-  }
-
   // Task of the first round: the rows of a unit over one part of their keys.
   void attend(long index, int worker) const {
     const long unit = index / splits, split = index % splits;
@@ -140,7 +109,7 @@ struct Few {
     Scratch mine = scratch_of(worker);
     const Softmax<P>& rows = mine.rows;
     rows.begin(c);
-    const long listed = p.lists.index ? keys_of(c, mine.list) : 0;
+    const long listed = p.lists.index ? keys_of_block(p, c.b, c.h, c.first / block_rows, mine.list) : 0;
     const long first = p.lists.index ? 0 : c.lo_least / PANEL;
     const long panels = most(0, ceil_div(p.lists.index ? listed : c.hi_most, PANEL) - first);
     const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS * PANEL};
@@ -150,7 +119,7 @@ struct Few {
     for (long panel = begin; panel < end; panel++) {
       const long start = panel * PANEL, here = least(PANEL, (p.lists.index ? listed : p.kv_len) - start);
       std::uint64_t* bits = rows.bits + count;
-      const Shows what = p.lists.index ? look(c, mine.list + start, here, bits) : shows(c, panel);
+      const Shows what = p.lists.index ? shows_listed(c, mine.list + start, here, bits, BLOCK_PANELS) : shows(c, panel);
       bool wanted = what == Shows::all;
       for (long i = 0; what != Shows::nothing && i < c.per_head; i++) {
         if (what == Shows::all) bits[i * BLOCK_PANELS] = ~std::uint64_t(0);
@@ -182,7 +151,7 @@ struct Few {
   // Pack keys `start` … of the list, or of all keys, as panel `slot`; or, in place, multiply them right away.
   void gather(const Chunk& c, Scratch& mine, long slot, long start, long count, long end) const {
     const long steps = mine.rows.steps, kv = c.h / (p.heads / p.kv_heads);
-    const Rows which{start, p.lists.index ? mine.list + start : nullptr};
+    const Rows which{p.lists.index ? 0 : start, p.lists.index ? mine.list + start : nullptr};
     for (long j = 0; j < PANEL; j++) mine.where[slot * PANEL + j] = which[least(j, count - 1)];
     if constexpr (!P::pairs) {
       if (in_place) {

@@ -132,13 +132,44 @@ Lists lists(const Problem& p, const Listed& from) {
   return l;
 }
 
+// rows, cu_q, keys, cu_k, batch_of, kv_of, groups, members, keys in all groups, per head, combine
+using Grouped = std::tuple<Address, Address, Address, Address, Address, Address, long, long, long, bool, int>;
+
+Groups groups(const Problem& p, const Grouped& from) {
+  Groups g;
+  Address rows, cu_q, keys, cu_k, batch_of, kv_of;
+  long listed;
+  int combine;
+  std::tie(rows, cu_q, keys, cu_k, batch_of, kv_of, g.count, g.members, listed, g.per_head, combine) = from;
+  g.rows = at<std::int64_t>(rows);
+  g.cu_q = at<std::int64_t>(cu_q);
+  g.keys = at<std::int64_t>(keys);
+  g.cu_k = at<std::int64_t>(cu_k);
+  g.batch_of = at<std::int64_t>(batch_of);
+  g.kv_of = at<std::int64_t>(kv_of);
+  require(combine >= 0 && combine <= 2, "groups are combined in one of three ways");
+  g.combine = static_cast<Combine>(combine);
+  require(g.count > 0 && g.cu_q[0] == 0 && g.cu_k[0] == 0 && g.cu_q[g.count] == g.members && g.cu_k[g.count] == listed,
+          "the groups do not begin at 0 and end with their rows and keys");
+  const long share = p.heads / p.kv_heads;
+  for (long i = 0; i < g.count; i++) {
+    require(g.cu_q[i] <= g.cu_q[i + 1] && g.cu_k[i] <= g.cu_k[i + 1], "the bounds of the groups do not rise");
+    require(g.batch_of[i] >= 0 && g.batch_of[i] < p.batch && g.kv_of[i] >= 0 && g.kv_of[i] < p.kv_heads, "a group names a head that does not exist");
+    const long first = g.per_head ? g.kv_of[i] * share * p.q_len : 0, end = g.per_head ? first + share * p.q_len : p.q_len;
+    for (long n = g.cu_q[i]; n < g.cu_q[i + 1]; n++) require(g.rows[n] >= first && g.rows[n] < end, "a group names a row that its head does not have");
+  }
+  for (long n = 0; n < listed; n++) require(g.keys[n] >= 0 && g.keys[n] < p.kv_len, "a group names a key that does not exist");
+  return g;
+}
+
 using Sizes = std::tuple<int, long, long, long, long, long, long, long>;
 using Tensor4 = std::tuple<Address, Four>;
 using Bias = std::tuple<Address, long, long>;  // table, reach, shift
 
 Problem problem(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, float scale, float softcap,
                 const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
-                const std::optional<Kinds>& kinds, const std::optional<Slots>& slots) {
+                const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, const std::optional<Listed>& listed,
+                const std::optional<Grouped>& grouped) {
   Problem p;
   int type;
   std::tie(type, p.batch, p.heads, p.kv_heads, p.q_len, p.kv_len, p.dim, p.dim_v) = sizes;
@@ -156,15 +187,16 @@ Problem problem(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Te
     p.shift = std::get<2>(*bias);
   }
   p.visible = visible(p, bounds, valid, kinds, slots);
+  if (listed) p.lists = lists(p, *listed);
+  if (grouped) p.groups = groups(p, *grouped);
   return p;
 }
 
 void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, Address out, Address lse, float scale,
              float softcap, const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
              const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, const std::optional<Listed>& listed,
-             int threads) {
-  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots);
-  if (listed) p.lists = lists(p, *listed);
+             const std::optional<Grouped>& grouped, int threads) {
+  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots, listed, grouped);
   p.out = reinterpret_cast<void*>(out);
   p.lse = reinterpret_cast<float*>(lse);
   const Variant& variant = current();
@@ -174,10 +206,10 @@ void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tenso
 }
 
 void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, const Tensor4& dout, Address out, Address lse,
-              Address dlse, Address dq, Address dk, Address dv, float scale, float softcap, const std::optional<Bias>& bias,
+              Address dlse, Address dq, Address dk, Address dv, Address dbias, float scale, float softcap, const std::optional<Bias>& bias,
               const Bounds& bounds, const std::optional<Valid>& valid, const std::optional<Kinds>& kinds,
-              const std::optional<Slots>& slots, int threads) {
-  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots);
+              const std::optional<Slots>& slots, const std::optional<Listed>& listed, const std::optional<Grouped>& grouped, int threads) {
+  Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots, listed, grouped);
   p.out = reinterpret_cast<void*>(out);
   p.lse = reinterpret_cast<float*>(lse);
   Gradients g;
@@ -186,6 +218,7 @@ void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tens
   g.dq = reinterpret_cast<void*>(dq);
   g.dk = reinterpret_cast<void*>(dk);
   g.dv = reinterpret_cast<void*>(dv);
+  g.dbias = reinterpret_cast<float*>(dbias);
   const Variant& variant = current();
   nb::gil_scoped_release free;
   PoolLock lock;
@@ -221,9 +254,9 @@ NB_MODULE(_native, m) {
   m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
   m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
         nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
-        nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("threads"));
+        nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("groups").none(), nb::arg("threads"));
   m.def("backward", foveal::backward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("dout"), nb::arg("out"),
-        nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"),
+        nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("dbias"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(), nb::arg("kinds").none(), nb::arg("slots").none(),
-        nb::arg("threads"));
+        nb::arg("lists").none(), nb::arg("groups").none(), nb::arg("threads"));
 }

@@ -16,12 +16,19 @@ inline const char* row_at(const Strided& x, Type type, long b, long h, long n) {
   return static_cast<const char*>(x.data) + (b * x.step[0] + h * x.step[1] + n * x.step[2]) * size_of(type);
 }
 
-// Rows first, first + 1, … or, with a list, rows list[0], list[1], …
+// Rows first, first + 1, … or, with a list, first + list[0], first + list[1], … With `across` they count on over the heads,
+// each of which has that many rows.
 struct Rows {
   long first;
   const std::int64_t* list = nullptr;
-  long operator[](long r) const { return list ? list[r] : first + r; }
+  long across = 0;
+  long operator[](long r) const { return first + (list ? list[r] : r); }
 };
+
+inline const char* row_at(const Strided& x, Type type, long b, long h, const Rows& which, long r) {
+  const long n = which[r];
+  return which.across ? row_at(x, type, b, h + n / which.across, n % which.across) : row_at(x, type, b, h, n);
+}
 
 // Channel values of one row as floats.
 inline void read_floats(Type type, const char* row, long step, long count, float* to) {
@@ -121,7 +128,7 @@ inline void pack_columns(const Strided& x, Type type, long b, long h, Rows which
   Unit* none = temp + PANEL * steps;
   if (count < PANEL) std::memset(none, 0, (std::size_t)steps * 4);
   for (long r = 0; r < PANEL; r++) {
-    rows[r] = r < count ? row_units<P>(type, row_at(x, type, b, h, which[r]), x.step[3], dim, temp + r * steps) : none;
+    rows[r] = r < count ? row_units<P>(type, row_at(x, type, b, h, which, r), x.step[3], dim, temp + r * steps) : none;
   }
   for (long r = 0; r < PANEL; r += 16)
     for (long s = 0; s < steps; s += 16) transpose16(rows + r, s, least(16, steps - s), to + s * PANEL + r, PANEL);
@@ -139,7 +146,7 @@ inline void pack_rows(const Strided& x, Type type, long b, long h, Rows which, l
       std::uint16_t* pair[2] = {reinterpret_cast<std::uint16_t*>(temp), reinterpret_cast<std::uint16_t*>(temp + padded)};
       const std::uint16_t* from[2];
       for (int i = 0; i < 2; i++) {
-        const std::uint16_t* row = r + i < count ? reinterpret_cast<const std::uint16_t*>(row_at(x, type, b, h, which[r + i])) : nullptr;
+        const std::uint16_t* row = r + i < count ? reinterpret_cast<const std::uint16_t*>(row_at(x, type, b, h, which, r + i)) : nullptr;
         if (row && x.step[3] == 1 && padded == dim) {
           from[i] = row;
           continue;
@@ -155,7 +162,7 @@ inline void pack_rows(const Strided& x, Type type, long b, long h, Rows which, l
     } else {
       const float* row = temp;
       if (r < count) {
-        const char* from = row_at(x, type, b, h, which[r]);
+        const char* from = row_at(x, type, b, h, which, r);
         if (type == Type::f32 && x.step[3] == 1 && padded == dim) {
           row = reinterpret_cast<const float*>(from);
         } else {
@@ -176,11 +183,11 @@ inline void pack_rows(const Strided& x, Type type, long b, long h, Rows which, l
 
 // Rows of `x` as a left operand, `to` [count][steps].
 template <class P>
-inline void pack_left(const Strided& x, Type type, long b, long h, long first, long count, long dim, Unit* to) {
+inline void pack_left(const Strided& x, Type type, long b, long h, Rows which, long count, long dim, Unit* to) {
   const long steps = steps_of<P>(dim);
   for (long r = 0; r < count; r++) {
     Unit* line = to + r * steps;
-    const Unit* row = row_units<P>(type, row_at(x, type, b, h, first + r), x.step[3], dim, line);
+    const Unit* row = row_units<P>(type, row_at(x, type, b, h, which, r), x.step[3], dim, line);
     if (row != line) std::memcpy(line, row, (std::size_t)steps * 4);
   }
 }

@@ -34,6 +34,19 @@ struct Lists {
   long batch = 1, heads = 1, blocks = 1, width = 0, block_rows = 1;
 };
 
+enum class Combine : int { one = 0, softmax = 1, apart = 2 };
+
+// Sets of rows that attend to sets of keys among themselves; see Groups.
+struct Groups {
+  // Rows and keys of group g are rows[cu_q[g]] … rows[cu_q[g + 1] − 1] and keys[cu_k[g]] … keys[cu_k[g + 1] − 1].
+  const std::int64_t *rows = nullptr, *cu_q = nullptr, *keys = nullptr, *cu_k = nullptr;
+  const std::int64_t *batch_of = nullptr, *kv_of = nullptr;  // of a group
+  long count = 0, members = 0;  // groups; rows in all of them
+  bool per_head = false;  // rows are h · q_len + i; otherwise they are i, and every head has the same groups
+  // A row in several groups: cannot be (one), is their joint softmax (softmax), or has an output for each (apart).
+  Combine combine = Combine::one;
+};
+
 struct Problem {
   Type type = Type::f32;
   long batch = 0, heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, dim = 0, dim_v = 0;
@@ -43,14 +56,18 @@ struct Problem {
   long reach = 0, shift = 0;
   Visible visible;
   Lists lists;
-  void* out = nullptr;   // (batch, heads, q_len, dim_v) in the inputs' type
-  float* lse = nullptr;  // (batch, heads, q_len)
+  Groups groups;         // count 0: none
+  void* out = nullptr;   // (batch, heads, q_len, dim_v) in the inputs' type; apart: (1 or heads, members, dim_v) in float32
+  float* lse = nullptr;  // (batch, heads, q_len) or (1 or heads, members)
 };
 
+inline Type type_of_out(const Problem& p) { return p.groups.count && p.groups.combine == Combine::apart ? Type::f32 : p.type; }
+
 struct Gradients {
-  Strided dout;                // (batch, heads, q_len, dim_v)
-  const float* dlse = nullptr;  // (batch, heads, q_len), or null
+  Strided dout;                 // like out, in the inputs' type
+  const float* dlse = nullptr;  // like lse, or null
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // contiguous, in the inputs' type
+  float* dbias = nullptr;  // like bias, or null
 };
 
 struct Pool;

@@ -82,7 +82,7 @@ struct Softmax {
   template <bool cut_block>
   void logits(const Chunk& c, const Keys& from, long r, long panel, float* s, std::uint64_t bits, std::uint64_t computed) const {
     if (shaped(p) && computed)
-      shape_logits(p, c.h + r / c.per_head, c.first + r % c.per_head, panel * PANEL, from.list ? from.list + panel * PANEL : nullptr, from.listed - panel * PANEL, s);
+      shape_logits(p, query_of(c, r) / p.q_len, query_of(c, r) % p.q_len, panel * PANEL, from.list ? from.list + panel * PANEL : nullptr, from.listed - panel * PANEL, s);
     if (cut_block && bits != ~std::uint64_t(0))
       for (long j = 0; j < PANEL; j += LANES) store(s + j, select(bits >> j, load(s + j), set1(-INF)));
   }
@@ -155,7 +155,7 @@ struct Softmax {
   void begin(const Chunk& c) const {
     const long rows = c.rows;
     for (long r = 0; r < rows; r += c.per_head)
-      pack_left<P>(p.q, p.type, c.b, c.h + r / c.per_head, c.first, c.per_head, p.dim, queries + r * steps);
+      pack_left<P>(p.q, p.type, c.b, c.h + r / c.per_head, Rows{c.first, c.list, c.list ? p.q_len : 0}, c.per_head, p.dim, queries + r * steps);
     if (!shaped(p) && p.scale == 0.0f) std::memset(queries, 0, (std::size_t)(rows * steps) * 4);
     if (!shaped(p) && p.scale < 0.0f)
       for (long i = 0; i < rows * steps; i++) queries[i] ^= P::pairs ? 0x80008000u : 0x80000000u;
@@ -169,10 +169,10 @@ struct Softmax {
 
   // Out and lse of one row of the chunk; `from` is used up.
   void write(const Chunk& c, long r, float* from, float top, float total) const {
-    const long row = (c.b * p.heads + c.h + r / c.per_head) * p.q_len + c.first + r % c.per_head;
+    const long row = c.to >= 0 ? c.to + r : c.b * p.heads * p.q_len + query_of(c, r);
     const Vec share = set1(total == 0.0f ? 0.0f : 1.0f / total);
     for (long j = 0; j < wide; j += LANES) store(from + j, mul(load(from + j), share));
-    write_floats(p.type, from, p.dim_v, static_cast<char*>(p.out) + row * p.dim_v * size_of(p.type));
+    write_floats(type_of_out(p), from, p.dim_v, static_cast<char*>(p.out) + row * p.dim_v * size_of(type_of_out(p)));
     p.lse[row] = total == 0.0f ? -INF : (top + std::log2(total)) * LN_2;
   }
 };

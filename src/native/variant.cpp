@@ -3,6 +3,8 @@
 #include "backward.hpp"
 #include "few.hpp"
 #include "forward.hpp"
+#include "grouped.hpp"
+#include "listed_backward.hpp"
 #include "peak.hpp"
 
 namespace foveal::FOVEAL_VARIANT {
@@ -24,7 +26,8 @@ static bool usable() {
 }
 
 template <class P>
-static void forward_as_fits(const Problem& p, Pool& pool, int threads) {
+static void forward_that_fits(const Problem& p, Pool& pool, int threads) {
+  if (p.groups.count) return grouped_as<P>(p, pool, threads);
   // Waking a helper takes as long as half a million multiply-adds.
   const double work = (double)p.batch * p.heads * p.q_len * (p.lists.index ? p.lists.width : p.kv_len) * (p.dim + p.dim_v);
   if (work / (1 << 19) + 1 < threads) threads = (int)(work / (1 << 19)) + 1;
@@ -34,9 +37,21 @@ static void forward_as_fits(const Problem& p, Pool& pool, int threads) {
 
 static void forward(const Problem& p, Pool& pool, int threads) {
 #if defined(__AVX512BF16__)
-  if (p.type == Type::bf16) return forward_as_fits<Pairs>(p, pool, threads);
+  if (p.type == Type::bf16) return forward_that_fits<Pairs>(p, pool, threads);
 #endif
-  forward_as_fits<Floats>(p, pool, threads);
+  forward_that_fits<Floats>(p, pool, threads);
+}
+
+template <class P>
+static void backward_that_fits(const Problem& p, const Gradients& g, Pool& pool, int threads) {
+  p.groups.count || p.lists.index ? listed_backward_as<P>(p, g, pool, threads) : backward_as<P>(p, g, pool, threads);
+}
+
+static void backward(const Problem& p, const Gradients& g, Pool& pool, int threads) {
+#if defined(__AVX512BF16__)
+  if (p.type == Type::bf16) return backward_that_fits<Pairs>(p, g, pool, threads);
+#endif
+  backward_that_fits<Floats>(p, g, pool, threads);
 }
 
 #define FOVEAL_TEXT_OF(x) #x

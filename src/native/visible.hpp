@@ -13,12 +13,19 @@ struct Chunk {
   const Problem* problem;
   const std::uint64_t* valid_bits;  // (valid_batch, panels) or null
   long b, h, first, rows, per_head;  // row r is query first + r % per_head of head h + r / per_head
+  const std::int64_t* list = nullptr;  // or query list[r], counting on over the heads from head h on
+  long to = -1;  // where row 0 of out and lse lies, if they do not lie as the queries do
   const std::int64_t *lo, *hi;  // of the chunk's rows
   long lo_least, lo_most, hi_least, hi_most;
   bool blind_rows;  // some row sees no key at all
   const std::int8_t* kinds;  // of the chunk's row of tiles, or null
   const std::int32_t* slot;  // or null
 };
+
+// Query row r of a chunk, counted over all heads of its batch row.
+inline long query_of(const Chunk& c, long r) {
+  return c.list ? c.h * c.problem->q_len + c.list[r] : (c.h + r / c.per_head) * c.problem->q_len + c.first + r % c.per_head;
+}
 
 // How rows are cut into chunks: never across a row of tiles.
 struct Chunking {
@@ -32,9 +39,9 @@ struct Chunking {
   }
 };
 
-// The intervals of `rows` rows from `first` on; tiles are added by place().
-inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b, long first, long rows) {
-  const Visible& v = p.visible;
+// A chunk of rows with these intervals; tiles are added by place().
+inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b, long first, long rows, const std::int64_t* lo_of,
+                       const std::int64_t* hi_of) {
   Chunk c;
   c.problem = &p;
   c.valid_bits = valid_bits;
@@ -42,9 +49,8 @@ inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b
   c.h = 0;
   c.first = first;
   c.rows = c.per_head = rows;
-  const long at = (v.bounds_batch > 1 ? b : 0) * p.q_len + first;
-  c.lo = v.lo + at;
-  c.hi = v.hi + at;
+  c.lo = lo_of;
+  c.hi = hi_of;
   c.lo_least = c.hi_least = p.kv_len;
   c.lo_most = c.hi_most = 0;
   c.blind_rows = false;
@@ -62,6 +68,12 @@ inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b
     c.hi_most = most(c.hi_most, hi);
   }
   return c;
+}
+
+// The intervals of `rows` rows from `first` on.
+inline Chunk make_rows(const Problem& p, const std::uint64_t* valid_bits, long b, long first, long rows) {
+  const long at = (p.visible.bounds_batch > 1 ? b : 0) * p.q_len + first;
+  return make_rows(p, valid_bits, b, first, rows, p.visible.lo + at, p.visible.hi + at);
 }
 
 // The same rows of batch row b and head h, with the tiles of that head.

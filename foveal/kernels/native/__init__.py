@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs: dense, block-sparse and list-sparse attention in float32, bfloat16 and float16.
+"""C++ kernels for CPUs: dense, block-sparse, list-sparse and ragged attention in float32, bfloat16 and float16.
 
 ``docs/native.md`` explains the blocking; the sources are in ``src/native``. The instruction set is chosen when the first
 call runs; the environment variable ``FOVEAL_ISA`` (``avx512bf16``, ``avx512``, ``avx2``, ``baseline``) forces one.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...core.layouts import Groups, KeySelection
 from ..call import AttentionCall
+from ..group_plan import average
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,26 +42,22 @@ def refusals(call: AttentionCall) -> list[str]:
         reasons.append(f"runs on CPU; the tensors are on {call.q.device.type}")
     if call.q.dtype not in TYPES:
         reasons.append("computes in float32 or lower")
-    if isinstance(call.layout, Groups):
-        reasons.append("takes dense calls, BlockMask and KeySelection; the call has Groups")
-    if isinstance(call.layout, KeySelection):
-        if call.needs_grad:
-            reasons.append("has no gradient through a KeySelection")
-        if call.base.predicate is not None:
-            reasons.append("cannot ask the host's own mask about single keys of a KeySelection")
-    if call.bias is not None and call.bias.requires_grad and torch.is_grad_enabled():
-        reasons.append("has no gradient for the relative-position bias")
+    if isinstance(call.layout, (Groups, KeySelection)) and call.base.predicate is not None:
+        reasons.append(f"cannot ask the host's own mask about single keys of {type(call.layout).__name__}")
     return reasons
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``; a row that sees nothing gives zeros and −inf."""
     from .ops import attention
-    from .plan import visible
+    from .plan import APART, visible
 
     seen = visible(call)
     bias = None if call.bias is None else call.bias.float().contiguous()
-    return attention(
-        call.q, call.k, call.v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, seen.index, bias,
-        list(seen.tile), call.scale, call.softcap or 0.0, call.base.shift,
+    out, lse = attention(
+        call.q, call.k, call.v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, seen.index, seen.members,
+        bias, list(seen.tile), list(seen.counts), call.scale, call.softcap or 0.0, call.base.shift,
     )  # fmt: skip
+    if isinstance(call.layout, Groups) and seen.counts[-1] == APART:
+        return average(call, call.layout, out.flatten(0, 2), lse.flatten())
+    return out, lse

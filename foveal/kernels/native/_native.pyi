@@ -21,6 +21,7 @@ def forward(
     kinds: tuple[int, ...] | None,
     slots: tuple[int, ...] | None,
     lists: tuple[int, ...] | None,
+    groups: tuple[int, ...] | None,
     threads: int,
 ) -> None: ...
 def backward(
@@ -35,6 +36,7 @@ def backward(
     dq: int,
     dk: int,
     dv: int,
+    dbias: int,
     scale: float,
     softcap: float,
     bias: tuple[int, int, int] | None,
@@ -42,5 +44,7 @@ def backward(
     valid: tuple[int, int] | None,
     kinds: tuple[int, ...] | None,
     slots: tuple[int, ...] | None,
+    lists: tuple[int, ...] | None,
+    groups: tuple[int, ...] | None,
     threads: int,
 ) -> None: ...

@@ -7,6 +7,7 @@ stored once.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,13 @@ from torch.nn.attention.flex_attention import noop_mask
 
 from ...core.base_mask import EMPTY, PARTIAL, BaseMask, Predicate
 from ...core.errors import ShapeError
-from ...core.layouts import BlockMask, KeySelection, block_mask_kinds
+from ...core.layouts import BlockMask, Groups, KeySelection, block_mask_kinds
 from ..block_plan import reads
 from ..call import AttentionCall
 
 BLOCK = 128
+ONE, SOFTMAX, APART = 0, 1, 2
+"""A row in several groups cannot be, has one softmax over all of them, has an output for each."""
 CHUNK = 1 << 22
 """Pairs of a condition that are evaluated at once."""
 
@@ -36,6 +39,10 @@ class Visible:
         table: ``(T, q_tile, words)`` int64: bit ``k`` of row ``q`` says whether the pair is visible.
         index: ``(B or 1, 1 or Hkv or H, blocks, K)`` int64 key positions, below 0 for none; or None.
         tile: rows and keys per tile; rows per list of ``index``.
+        members: ``Groups`` as one int64 tensor: rows of all groups, their bounds, keys, their bounds, batch row of each
+            group, key head of each group; or None.
+        counts: groups, rows and keys in all of them, whether rows count on over the heads, and how a row's groups are
+            combined (``ONE``, ``SOFTMAX``, ``APART``); empty without groups.
     """
 
     lo: Tensor
@@ -46,6 +53,8 @@ class Visible:
     table: Tensor | None = None
     index: Tensor | None = None
     tile: tuple[int, int] = (0, 0)
+    members: Tensor | None = None
+    counts: tuple[int, ...] = ()
 
 
 def visible(call: AttentionCall) -> Visible:
@@ -53,6 +62,8 @@ def visible(call: AttentionCall) -> Visible:
     base, mask = call.base, call.layout
     if isinstance(mask, KeySelection):
         return _listed(base, mask)
+    if isinstance(mask, Groups):
+        return _grouped(call, mask)
     assert mask is None or isinstance(mask, BlockMask)
     memo = ("native", call.q.shape[0], call.q.shape[1])
     found = base.cache.get(memo)
@@ -66,6 +77,45 @@ def _listed(base: BaseMask, lists: KeySelection) -> Visible:
     lo = base.lo.expand(hi.shape[0], -1)
     valid = None if base.valid is None else base.valid.contiguous()
     return Visible(lo.contiguous(), hi.contiguous(), valid, index=lists.index.contiguous(), tile=(lists.block_size, 0))
+
+
+def _grouped(call: AttentionCall, groups: Groups) -> Visible:
+    batch, heads, q_len, _ = call.q.shape
+    kv_heads, kv_len = call.k.shape[1:3]
+    known = _members.setdefault(groups, {})
+    sizes = (heads, kv_heads, q_len, kv_len)
+    if sizes not in known:
+        known[sizes] = _member_tensor(groups, *sizes)
+    members, counts = known[sizes]
+    base = call.base
+    lo, hi = (x.contiguous() for x in torch.broadcast_tensors(base.lo, base.hi))
+    return Visible(
+        lo, hi, None if base.valid is None else base.valid.contiguous(), members=members, counts=counts
+    )
+
+
+_members: weakref.WeakKeyDictionary[Groups, dict[tuple[int, ...], tuple[Tensor, tuple[int, ...]]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The kernels' form of a layout, for as long as the layout lives."""
+
+
+def _member_tensor(
+    groups: Groups, heads: int, kv_heads: int, q_len: int, kv_len: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    sizes = groups.cu_q.numel() - 1, groups.q_index.numel(), groups.k_index.numel()
+    often = int(groups.q_index.unique(return_counts=True)[1].max()) > 1 if groups.q_index.numel() else False
+    combine = (SOFTMAX if groups.combine == "softmax" else APART) if often else ONE
+    per_row = q_len * heads if groups.per_head else q_len
+    owner = torch.zeros(sizes[0], dtype=torch.int64)  # batch row, or key head of all batch rows, of a group with rows
+    some = groups.cu_q.diff() > 0
+    owner[some] = torch.div(groups.q_index[groups.cu_q[:-1][some]], q_len, rounding_mode="floor")
+    if groups.per_head:
+        owner = torch.div(owner, heads // kv_heads, rounding_mode="floor")
+    batch_of = torch.div(owner, kv_heads, rounding_mode="floor") if groups.per_head else owner
+    kv_of = owner % kv_heads if groups.per_head else torch.zeros_like(owner)
+    parts = groups.q_index % per_row, groups.cu_q, groups.k_index % kv_len, groups.cu_k, batch_of, kv_of
+    return torch.cat([x.to(torch.int64) for x in parts]), (*sizes, int(groups.per_head), combine)
 
 
 def _visible(call: AttentionCall, base: BaseMask, mask: BlockMask | None) -> Visible:
