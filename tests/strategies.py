@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveal.core.layouts import BlockMask, Groups, KeySelection, Layout, block_mask
+from foveal.kernels.call import AttentionCall
+from foveal.kernels.dispatch import prepare
 
 from .support import Host
 
@@ -31,6 +33,10 @@ class Call:
     def host(self) -> Host:
         pads = ((0, 0),) * self.q.shape[0]
         return Host(self.q.shape[2], self.k.shape[2], causal=self.causal, pads=pads)
+
+    def prepared(self) -> AttentionCall:
+        options = {name: self.options.get(name) for name in ("scale", "softcap", "bias")}
+        return prepare(self.q, self.k, self.v, self.layout, causal=self.causal, **options, return_lse=True)
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that can have a gradient."""

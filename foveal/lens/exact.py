@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..core.base_mask import BaseMask
+from ..kernels import native
 from ..kernels.call import AttentionCall
-from ..kernels.dispatch import compute
+from ..kernels.dispatch import compute, refusals
 from .scores import budget, logits
 
 Role = Literal["self", "cross"]
@@ -37,6 +38,7 @@ class RowMasses:
         learned_sink: mass on the learned logit that has no value, 0 without one. The four add up to 1.
         distance: mean look-back distance in tokens over the mass on keys, or None when the mask is not causal.
         lse: log-sum-exp over the keys, without the learned sink.
+        entropy: of the distribution over keys, in nats; None where no kernel measures it in the same pass.
         real: ``(B, Nq)`` bool, False on padding rows and rows that see no key.
     """
 
@@ -46,6 +48,7 @@ class RowMasses:
     learned_sink: Tensor
     distance: Tensor | None
     lse: Tensor
+    entropy: Tensor | None
     real: Tensor
 
 
@@ -65,8 +68,14 @@ def row_masses(
     base = call.base
     columns = _columns(base, sinks, call.k.shape, call.k.dtype)
     call = call.replace(q=call.q.detach(), k=call.k.detach(), layout=None, return_lse=True)
-    out, lse = compute(call.replace(v=columns))
-    assert lse is not None
+    call_on_columns = call.replace(v=columns)
+    entropy: Tensor | None = None
+    if refusals("native", call_on_columns):
+        out, found = compute(call_on_columns)
+        assert found is not None
+        lse = found
+    else:
+        out, lse, entropy = native.attend_with_entropy(call_on_columns)
     lse, sink = lse.float(), out[..., 0].float()
     real = torch.isfinite(lse).any(1)
     if role == "self" and base.valid is not None:
@@ -87,7 +96,7 @@ def row_masses(
     rest = (on_keys - sink - local).clamp(min=0)
     learned = torch.where(seen, 1 - on_keys, 0.0) if sink_logits is not None else torch.zeros_like(lse)
     distance = _distance(base, out) if base.causal and role == "self" else None
-    return RowMasses(sink, local, rest, learned, distance, lse, real)
+    return RowMasses(sink, local, rest, learned, distance, lse, entropy, real)
 
 
 def _window_lse(call: AttentionCall, window: int, sinks: int) -> Tensor:

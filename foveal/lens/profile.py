@@ -25,7 +25,8 @@ TOP_RECEIVERS = 8
 class LayerProfile:
     """Attention of one layer, one figure per query head; means are over all real (not padded) rows of the batch.
 
-    Figures named ``…_mass`` and, under a causal mask, ``distance`` come from all rows. The others come from the sampled
+    Figures named ``…_mass``, under a causal mask ``distance``, and with the C++ kernels ``entropy`` come from all rows. The
+    others come from the sampled
     rows and carry 95 % intervals. Masses are shares of everything a row attends to, the learned sink included; entropy,
     keys, distance and what keys receive describe the distribution over keys.
 
@@ -185,13 +186,17 @@ def profile_attention(
         distance = Estimate.exact(_over_rows(masses.distance, masses.real))
     else:
         distance = mean(figures.distance)
+    if masses.entropy is None:
+        entropy = mean(figures.entropy)
+    else:
+        entropy = Estimate.exact(_over_rows(masses.entropy, masses.real))
     top_keys = figures.received.topk(min(TOP_RECEIVERS, call.base.kv_len), dim=-1).indices
     return LayerProfile(
         layer_index=layer_index, layer_name=layer_name, role=role, num_heads=q.shape[1], num_kv_heads=k.shape[1],
         q_len=q.shape[2], kv_len=k.shape[2], real_rows=int(masses.real.sum()), window=window, sinks=sinks,
         sink_mass=_over_rows(masses.sink, masses.real), window_mass=_over_rows(masses.window, masses.real),
         rest_mass=_over_rows(masses.rest, masses.real), learned_sink_mass=_over_rows(masses.learned_sink, masses.real),
-        distance=distance, entropy=mean(figures.entropy),
+        distance=distance, entropy=entropy,
         entropy_normalized=mean(figures.entropy / allowed.clamp(min=2).log()[:, None], allowed > 1),
         keys90=mean(figures.keys90), keys90_share=mean(figures.keys90 / allowed.clamp(min=1)[:, None]),
         keys90_q10=quantile(0.1), keys90_median=quantile(0.5), keys90_q90=quantile(0.9),

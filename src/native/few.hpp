@@ -28,7 +28,7 @@ struct Few {
   std::uint64_t* valid_bits = nullptr;
   char* scratch = nullptr;
   long scratch_bytes = 0;
-  float *part_o = nullptr, *part_most = nullptr, *part_sum = nullptr;  // [units][splits][rows]
+  float *part_o = nullptr, *part_most = nullptr, *part_sum = nullptr, *part_spread = nullptr;  // [units][splits][rows]
 
   static long stack(const Problem& p, bool may) {
     const long group = p.heads / p.kv_heads;
@@ -77,6 +77,7 @@ struct Few {
       part_o = memory.take<float>(rows * padded(p.dim_v));
       part_most = memory.take<float>(rows);
       part_sum = memory.take<float>(rows);
+      part_spread = memory.take<float>(p.entropy ? rows : 0);
     }
     Carve own{nullptr};
     Scratch(*this, own);
@@ -145,6 +146,7 @@ struct Few {
       std::memcpy(part_o + at * rows.wide, rows.o + r * rows.wide, (std::size_t)rows.wide * 4);
       part_most[at] = rows.most_seen[r];
       part_sum[at] = rows.sum[r];
+      if (p.entropy) part_spread[at] = rows.spread[r];
     }
   }
 
@@ -204,17 +206,18 @@ struct Few {
     const long wide = rows.wide, ld = chunk_rows * stacked;
     for (long r = 0; r < c.rows; r++) {
       const long at = unit * splits * ld + r;
-      float top = -INF, total = 0.0f;
+      float top = -INF, total = 0.0f, spread = 0.0f;
       for (long s = 0; s < splits; s++) top = part_most[at + s * ld] > top ? part_most[at + s * ld] : top;
       std::memset(rows.o, 0, (std::size_t)wide * 4);
       for (long s = 0; s < splits; s++) {
         if (part_sum[at + s * ld] == 0.0f) continue;
         const float share = std::exp2(part_most[at + s * ld] - top);
         total += part_sum[at + s * ld] * share;
+        if (p.entropy) spread += share * (part_spread[at + s * ld] + part_sum[at + s * ld] * (part_most[at + s * ld] - top));
         const float* o = part_o + (at + s * ld) * wide;
         for (long i = 0; i < wide; i += LANES) store(rows.o + i, fma(load(o + i), set1(share), load(rows.o + i)));
       }
-      rows.write(c, r, rows.o, top, total);
+      rows.write(c, r, rows.o, top, total, spread);
     }
   }
 };

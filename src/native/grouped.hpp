@@ -219,7 +219,7 @@ struct Grouped {
         join(row, sum_o + other * wide, sum_most[other], sum_sum[other]);
       }
       if (sum_sum[row] == 0.0f) std::memset(sum_o + row * wide, 0, (std::size_t)wide * 4);
-      rows.write(c, r, sum_o + row * wide, sum_most[row], sum_sum[row]);
+      rows.write(c, r, sum_o + row * wide, sum_most[row], sum_sum[row], 0.0f);
     }
   }
 };

@@ -192,13 +192,15 @@ Problem problem(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Te
   return p;
 }
 
-void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, Address out, Address lse, float scale,
-             float softcap, const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
+void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, Address out, Address lse, Address entropy,
+             float scale, float softcap, const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
              const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, const std::optional<Listed>& listed,
              const std::optional<Grouped>& grouped, int threads) {
   Problem p = problem(sizes, q, k, v, scale, softcap, bias, bounds, valid, kinds, slots, listed, grouped);
   p.out = reinterpret_cast<void*>(out);
   p.lse = reinterpret_cast<float*>(lse);
+  p.entropy = reinterpret_cast<float*>(entropy);
+  require(!p.entropy || !p.groups.count || p.groups.combine == Combine::one, "the entropy of a row in several groups is not computed");
   const Variant& variant = current();
   nb::gil_scoped_release free;
   PoolLock lock;
@@ -253,7 +255,7 @@ NB_MODULE(_native, m) {
   m.def("choose", choose, "Use this one from now on; an empty name means the best.");
   m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
   m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
-        nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
+        nb::arg("entropy"), nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
         nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("groups").none(), nb::arg("threads"));
   m.def("backward", foveal::backward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("dout"), nb::arg("out"),
         nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("dbias"), nb::arg("scale"), nb::arg("softcap"),

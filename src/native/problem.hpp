@@ -59,6 +59,7 @@ struct Problem {
   Groups groups;         // count 0: none
   void* out = nullptr;   // (batch, heads, q_len, dim_v) in the inputs' type; apart: (1 or heads, members, dim_v) in float32
   float* lse = nullptr;  // (batch, heads, q_len) or (1 or heads, members)
+  float* entropy = nullptr;  // of each row's weights, in nats, like lse; or null
 };
 
 inline Type type_of_out(const Problem& p) { return p.groups.count && p.groups.combine == Combine::apart ? Type::f32 : p.type; }

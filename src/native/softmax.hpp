@@ -30,6 +30,7 @@ struct Softmax {
   const long steps, wide;  // units per row of q and k, padded channels of v
   Unit* queries;
   float *s, *o, *most_seen, *sum, *factor, *floor;
+  float* spread;        // Σ 2^(s − m) · (s − m) of each row, where the entropy is asked for
   std::uint64_t* bits;  // [rows][BLOCK_PANELS]
 
   Softmax(const Problem& problem, long rows, Carve& memory)
@@ -41,6 +42,7 @@ struct Softmax {
     sum = memory.take<float>(rows + 16);
     factor = memory.take<float>(rows + 16);
     floor = memory.take<float>(rows + 16);
+    spread = memory.take<float>(p.entropy ? rows : 0);
     bits = memory.take<std::uint64_t>(rows * BLOCK_PANELS);
   }
 
@@ -89,6 +91,11 @@ struct Softmax {
 
   // Logits of `width` keys become weights, in place; with Pairs the weights are bfloat16 and take half the room.
   void softmax(long first, long rows, long width) const {
+    p.entropy ? softmax_as<true>(first, rows, width) : softmax_as<false>(first, rows, width);
+  }
+
+  template <bool measured>
+  void softmax_as(long first, long rows, long width) const {
     constexpr long ld = BLOCK_PANELS * PANEL;
     const float by = shaped(p) ? 1.0f : p.scale == 0.0f ? 1.0f : (p.scale < 0 ? -p.scale : p.scale) * LOG2_E;
     for (long r = first; r < first + rows; r++) {
@@ -100,6 +107,7 @@ struct Softmax {
       most_seen[r] = now;
       floor[r] = now == -INF ? 0.0f : now;
       factor[r] = before - floor[r];
+      if (measured && sum[r] != 0.0f) spread[r] += sum[r] * factor[r];
     }
     for (long r = first; r < first + rows; r += LANES) store(factor + r, exp2(load(factor + r)));
     const Vec times = set1(by);
@@ -107,11 +115,14 @@ struct Softmax {
       float* row = s + r * ld;
       const Vec minus = set1(-floor[r]);
       Vec total = zero();
+      [[maybe_unused]] Vec weighted = zero();
       for (long j = 0; j < width; j += 16) {
         Vec w[16 / LANES];
         for (int i = 0; i < 16 / LANES; i++) {
-          w[i] = exp2<P::pairs>(fma(load(row + j + i * LANES), times, minus));
+          const Vec x = fma(load(row + j + i * LANES), times, minus);
+          w[i] = exp2<P::pairs>(x);
           total = add(total, w[i]);
+          if constexpr (measured) weighted = fma(w[i], max(set1(-200.0f), x), weighted);
         }
         if constexpr (P::pairs) {
           store_bf16(reinterpret_cast<std::uint16_t*>(row) + j, w);
@@ -120,6 +131,7 @@ struct Softmax {
         }
       }
       sum[r] = sum[r] * factor[r] + hsum(total);
+      if constexpr (measured) spread[r] = spread[r] * factor[r] + hsum(weighted);
     }
   }
 
@@ -160,20 +172,22 @@ struct Softmax {
     if (!shaped(p) && p.scale < 0.0f)
       for (long i = 0; i < rows * steps; i++) queries[i] ^= P::pairs ? 0x80008000u : 0x80000000u;
     for (long r = 0; r < rows; r++) most_seen[r] = -INF, sum[r] = 0.0f;
+    for (long r = 0; p.entropy && r < rows; r++) spread[r] = 0.0f;
     std::memset(o, 0, (std::size_t)(rows * wide) * 4);
   }
 
   void finish(const Chunk& c) const {
-    for (long r = 0; r < c.rows; r++) write(c, r, o + r * wide, most_seen[r], sum[r]);
+    for (long r = 0; r < c.rows; r++) write(c, r, o + r * wide, most_seen[r], sum[r], p.entropy ? spread[r] : 0.0f);
   }
 
-  // Out and lse of one row of the chunk; `from` is used up.
-  void write(const Chunk& c, long r, float* from, float top, float total) const {
+  // Out, lse and entropy of one row of the chunk; `from` is used up.
+  void write(const Chunk& c, long r, float* from, float top, float total, float spread_of) const {
     const long row = c.to >= 0 ? c.to + r : c.b * p.heads * p.q_len + query_of(c, r);
     const Vec share = set1(total == 0.0f ? 0.0f : 1.0f / total);
     for (long j = 0; j < wide; j += LANES) store(from + j, mul(load(from + j), share));
     write_floats(type_of_out(p), from, p.dim_v, static_cast<char*>(p.out) + row * p.dim_v * size_of(type_of_out(p)));
     p.lse[row] = total == 0.0f ? -INF : (top + std::log2(total)) * LN_2;
+    if (p.entropy) p.entropy[row] = total == 0.0f ? 0.0f : (std::log2(total) - spread_of / total) * LN_2;
   }
 };
 

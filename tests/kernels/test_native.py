@@ -147,6 +147,43 @@ def test_random_calls(kind: str, dtype: torch.dtype, data: st.DataObject) -> Non
     check(data.draw(calls(kind)), dtype)
 
 
+@pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_entropy_in_the_same_pass(dtype: torch.dtype, data: st.DataObject) -> None:
+    check_entropy(data.draw(calls(data.draw(st.sampled_from(["dense", "blocks", "lists"])))), dtype)
+
+
+def check_entropy(call: Call, dtype: torch.dtype) -> None:
+    """Against Σ −p · log p of weights that the reference gives as outputs for V = identity."""
+    call.options["sink_logits"] = None
+    low, exact = lowered(call, dtype)
+    out, lse, entropy = native.attend_with_entropy(low.prepared())
+    assert all(torch.equal(a, b) for a, b in zip((out, lse), attend(low, "native"), strict=True))
+    eye = torch.eye(call.k.shape[2], dtype=torch.float64).expand(*call.k.shape[:2], -1, -1)
+    weights, _ = attend(Call(exact.q, exact.k, eye, call.layout, call.causal, exact.options), "reference")
+    assert_close(entropy, torch.special.entr(weights).sum(-1), 5e-5 if dtype == torch.float32 else 2e-4, "entropy")
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 1, 300, 1100, 64, 48), (1, 2, 1, 1, 1500, 64, 64), (2, 4, 2, 5, 390, 33, 16)], ids=str
+)
+def test_entropy_over_many_keys_on_every_instruction_set(isa: str, sizes: tuple[int, ...]) -> None:
+    torch.set_num_threads(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_entropy(random_call(21, sizes), dtype)
+        check_entropy(random_call(21, sizes, scale=3.0, causal=False), dtype)
+    torch.set_num_threads(1)
+
+
+def test_entropy_refuses_a_query_in_several_groups() -> None:
+    call, _ = lowered(random_call(0, (1, 1, 1, 20, 20, 8, 8)), torch.float32)
+    rows, bounds = torch.arange(20).repeat(2), torch.tensor([0, 20, 40])
+    call.layout = Groups(rows, bounds, rows, bounds)
+    with pytest.raises(UnsupportedError, match="a query in several groups"):
+        native.attend_with_entropy(call.prepared())
+
+
 SIZES = [
     (1, 1, 1, 1, 1, 16, 16),
     (1, 1, 1, 63, 63, 64, 64),
@@ -242,7 +279,9 @@ def disjoint_groups(make: torch.Generator, sizes: tuple[int, ...], count: int, p
 
 def test_packed_documents_equal_each_document_alone() -> None:
     q_bounds, k_bounds = torch.tensor([0, 70, 70, 71, 260]), torch.tensor([0, 90, 130, 150, 310])
-    q, k, v = (torch.randn(1, h, n, 32, generator=torch.Generator().manual_seed(h)) for h, n in ((4, 260), (2, 310), (2, 310)))
+    q, k, v = (
+        torch.randn(1, h, n, 32, generator=torch.Generator().manual_seed(h)) for h, n in ((4, 260), (2, 310), (2, 310))
+    )
     out, lse = foveal.attention(q, k, v, Groups.packed(q_bounds, k_bounds), impl="native", return_lse=True)
     for i in range(4):
         rows, keys = slice(*q_bounds[i : i + 2].tolist()), slice(*k_bounds[i : i + 2].tolist())
@@ -292,7 +331,13 @@ def test_every_demand_of_a_host(kind: str, data: st.DataObject) -> None:
         assert lse is not None
         loss = out.square().sum() + finite(lse).sum()
         grads = torch.autograd.grad(loss, [q, k, v], allow_unused=True)  # no group, no use
-        found.append([out.detach(), lse.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip((q, k, v), grads, strict=True))])
+        found.append(
+            [
+                out.detach(),
+                lse.detach(),
+                *(torch.zeros_like(x) if g is None else g for x, g in zip((q, k, v), grads, strict=True)),
+            ]
+        )
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=False):
         assert_close(a, b, 1e-4, name)
 

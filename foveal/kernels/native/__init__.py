@@ -7,10 +7,12 @@ call runs; the environment variable ``FOVEAL_ISA`` (``avx512bf16``, ``avx512``, 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...core.errors import UnsupportedError
 from ...core.layouts import Groups, KeySelection
 from ..call import AttentionCall
 from ..group_plan import average
@@ -50,14 +52,41 @@ def refusals(call: AttentionCall) -> list[str]:
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``; a row that sees nothing gives zeros and −inf."""
     from .ops import attention
-    from .plan import APART, visible
+    from .plan import APART
+
+    arguments, counts = _arguments(call)
+    out, lse = attention(*arguments)
+    if isinstance(call.layout, Groups) and counts[-1] == APART:
+        return average(call, call.layout, out.flatten(0, 2), lse.flatten())
+    return out, lse
+
+
+def attend_with_entropy(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`attend`, and the entropy of every row's weights in nats, ``(B, H, Nq)``, 0 for a row that sees nothing.
+
+    Computed in the same pass; without gradients.
+
+    Raises:
+        UnsupportedError: for ``Groups`` in which a query is in several groups.
+    """
+    from .ops import attention_entropy
+    from .plan import ONE
+
+    arguments, counts = _arguments(call)
+    if counts and counts[-1] != ONE:
+        raise UnsupportedError(
+            "the entropy of a query in several groups is not computed: its weights are never together. Use a KeySelection or a BlockMask."
+        )
+    with torch.no_grad():
+        return attention_entropy(*arguments)
+
+
+def _arguments(call: AttentionCall) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    from .plan import visible
 
     seen = visible(call)
     bias = None if call.bias is None else call.bias.float().contiguous()
-    out, lse = attention(
+    return (
         call.q, call.k, call.v, seen.lo, seen.hi, seen.valid, seen.kinds, seen.slot, seen.table, seen.index, seen.members,
         bias, list(seen.tile), list(seen.counts), call.scale, call.softcap or 0.0, call.base.shift,
-    )  # fmt: skip
-    if isinstance(call.layout, Groups) and seen.counts[-1] == APART:
-        return average(call, call.layout, out.flatten(0, 2), lse.flatten())
-    return out, lse
+    ), seen.counts  # fmt: skip

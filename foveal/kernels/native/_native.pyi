@@ -13,6 +13,7 @@ def forward(
     v: _Tensor,
     out: int,
     lse: int,
+    entropy: int,
     scale: float,
     softcap: float,
     bias: tuple[int, int, int] | None,

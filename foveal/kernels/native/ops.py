@@ -11,18 +11,20 @@ from ...core.errors import UnsupportedError
 from . import TYPES, _native
 from .plan import APART
 
-_LIBRARY = torch.library.Library("foveal", "DEF")
-_LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, "
-    "Tensor? table, Tensor? index, Tensor? members, Tensor? bias, int[] tile, SymInt[] counts, float scale, float softcap, "
-    "SymInt shift) -> (Tensor, Tensor)"
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, Tensor? table, "
+    "Tensor? index, Tensor? members, Tensor? bias, int[] tile, SymInt[] counts, float scale, float softcap, SymInt shift)"
 )
+_LIBRARY = torch.library.Library("foveal", "DEF")
+_LIBRARY.define(f"attention{_ARGUMENTS} -> (Tensor, Tensor)")
+_LIBRARY.define(f"attention_entropy{_ARGUMENTS} -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, "
     "Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, Tensor? table, Tensor? index, Tensor? members, Tensor? bias, "
     "int[] tile, SymInt[] counts, float scale, float softcap, SymInt shift, bool of_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 attention = torch.ops.foveal.attention.default
+attention_entropy = torch.ops.foveal.attention_entropy.default
 attention_backward = torch.ops.foveal.attention_backward.default
 
 
@@ -69,23 +71,32 @@ def _groups(members: Tensor | None, counts: list[int]) -> tuple[int, ...] | None
     return (*parts, groups, rows, keys, bool(per_head), combine)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, valid: Tensor | None, kinds: Tensor | None, slot: Tensor | None,
-    table: Tensor | None, index: Tensor | None, members: Tensor | None, bias: Tensor | None, tile: list[int], counts: list[int],
-    scale: float, softcap: float, shift: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _empty(q, v, counts)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _empty(q, v, rest[-4])
+    return _run(out, lse, None, q, k, v, *rest)[:2]
+
+
+def _forward_entropy(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _empty(q, v, rest[-4])
+    return _run(out, lse, torch.zeros_like(lse), q, k, v, *rest)
+
+
+def _run(
+    out: Tensor, lse: Tensor, entropy: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, valid: Tensor | None,
+    kinds: Tensor | None, slot: Tensor | None, table: Tensor | None, index: Tensor | None, members: Tensor | None,
+    bias: Tensor | None, tile: list[int], counts: list[int], scale: float, softcap: float, shift: int,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     nothing = (index is not None and index.numel() == 0) or (members is not None and counts[0] == 0)
     if nothing or out.numel() == 0 or k.shape[2] == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out.zero_(), lse.fill_(-torch.inf), entropy
     if members is not None:  # rows that no group holds are not visited
         out.zero_(), lse.fill_(-torch.inf)
     _native.forward(
-        _sizes(q, k, v), _strided(q), _strided(k), _strided(v), out.data_ptr(), lse.data_ptr(), scale, softcap,
-        _bias(bias, shift), *_seen(lo, hi, valid, kinds, slot, table, tile), _lists(index, tile), _groups(members, counts),
-        torch.get_num_threads(),
+        _sizes(q, k, v), _strided(q), _strided(k), _strided(v), out.data_ptr(), lse.data_ptr(),
+        0 if entropy is None else entropy.data_ptr(), scale, softcap, _bias(bias, shift),
+        *_seen(lo, hi, valid, kinds, slot, table, tile), _lists(index, tile), _groups(members, counts), torch.get_num_threads(),
     )  # fmt: skip
-    return out, lse
+    return out, lse, entropy
 
 
 def _empty(q: Tensor, v: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -126,12 +137,19 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, of_bias: bo
 
 
 _LIBRARY.impl("attention", _forward, "CPU")
+_LIBRARY.impl("attention_entropy", _forward_entropy, "CPU")
 _LIBRARY.impl("attention_backward", _backward, "CPU")
 
 
 @torch.library.register_fake("foveal::attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty(q, v, rest[-4])
+
+
+@torch.library.register_fake("foveal::attention_entropy")
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _empty(q, v, rest[-4])
+    return out, lse, torch.empty_like(lse)
 
 
 @torch.library.register_fake("foveal::attention_backward")

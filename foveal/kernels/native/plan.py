@@ -89,9 +89,7 @@ def _grouped(call: AttentionCall, groups: Groups) -> Visible:
     members, counts = known[sizes]
     base = call.base
     lo, hi = (x.contiguous() for x in torch.broadcast_tensors(base.lo, base.hi))
-    return Visible(
-        lo, hi, None if base.valid is None else base.valid.contiguous(), members=members, counts=counts
-    )
+    return Visible(lo, hi, None if base.valid is None else base.valid.contiguous(), members=members, counts=counts)
 
 
 _members: weakref.WeakKeyDictionary[Groups, dict[tuple[int, ...], tuple[Tensor, tuple[int, ...]]]] = (
