@@ -1,5 +1,6 @@
 // The forward pass for many rows: out and lse of chunks of query rows, over the panels of keys that they see.
-// Keys and values are packed once per key head and shared by all rows and query heads.
+// Keys and values are packed once per key head and shared by all rows and query heads. A few key heads take their turn after
+// each other, as many as keep all threads busy, so that what is packed is still in the cache when it is used.
 #pragma once
 
 #include "pool.hpp"
@@ -8,23 +9,32 @@
 namespace foveal::FOVEAL_VARIANT {
 
 constexpr long CHUNK_ROWS = 96;
+constexpr long TASKS_PER_THREAD = 32;  // in a turn: the last ones to end keep the others waiting for 3 % of it at most
 
 template <class P>
 struct Forward {
   const Problem& p;
   const Chunking cut;
   const long panels, steps, wide;  // panels of keys, units per row of q and k, padded channels of v
+  const long group, turn;          // query heads per key head; key heads (of all batch rows) per turn
+  long first = 0, here = 0;        // key heads of this turn
   Unit *keys = nullptr, *values = nullptr;
   std::uint64_t* valid_bits = nullptr;
   char* scratch = nullptr;
   long scratch_bytes = 0;
 
-  explicit Forward(const Problem& problem)
-      : p(problem), cut(p, CHUNK_ROWS), panels(ceil_div(p.kv_len, PANEL)), steps(steps_of<P>(p.dim)), wide(padded(p.dim_v)) {}
+  Forward(const Problem& problem, int threads)
+      : p(problem),
+        cut(p, CHUNK_ROWS),
+        panels(ceil_div(p.kv_len, PANEL)),
+        steps(steps_of<P>(p.dim)),
+        wide(padded(p.dim_v)),
+        group(p.heads / p.kv_heads),
+        turn(least(p.batch * p.kv_heads, ceil_div(TASKS_PER_THREAD * threads, group * cut.count))) {}
 
   long value_steps() const { return panels * PANEL / P::per_unit; }
-  Unit* keys_of(long b, long h) const { return keys + (b * p.kv_heads + h) * panels * steps * PANEL; }
-  Unit* values_of(long b, long h) const { return values + (b * p.kv_heads + h) * value_steps() * wide; }
+  Unit* keys_of(long kv) const { return keys + (kv - first) * panels * steps * PANEL; }
+  Unit* values_of(long kv) const { return values + (kv - first) * value_steps() * wide; }
 
   struct Scratch {
     Softmax<P> rows;
@@ -40,9 +50,8 @@ struct Forward {
   // The shared part, then what each thread has to itself.
   long lay_out(char* at, int threads) {
     Carve memory{at};
-    const long kv = p.batch * p.kv_heads;
-    keys = memory.take<Unit>(kv * panels * steps * PANEL);
-    values = memory.take<Unit>(kv * value_steps() * wide);
+    keys = memory.take<Unit>(turn * panels * steps * PANEL);
+    values = memory.take<Unit>(turn * value_steps() * wide);
     valid_bits = take_valid(p, memory);
     Carve own{nullptr};
     Scratch(*this, own);
@@ -53,23 +62,22 @@ struct Forward {
 
   // Task of the first round: pack one panel of one key head. The panels of a head's values continue each other.
   void pack(long index, int worker) const {
-    const long panel = index % panels, kv = index / panels, b = kv / p.kv_heads, h = kv % p.kv_heads;
+    const long panel = index % panels, kv = first + index / panels, b = kv / p.kv_heads, h = kv % p.kv_heads;
     const Rows which{panel * PANEL};
     const long count = least(PANEL, p.kv_len - which.first);
     Unit* temp = scratch_of(worker).temp;
-    pack_columns<P>(p.k, p.type, b, h, which, count, p.dim, keys_of(b, h) + panel * steps * PANEL, temp);
-    pack_rows<P>(p.v, p.type, b, h, which, count, PANEL, p.dim_v, values_of(b, h), value_steps(), which.first / P::per_unit,
+    pack_columns<P>(p.k, p.type, b, h, which, count, p.dim, keys_of(kv) + panel * steps * PANEL, temp);
+    pack_rows<P>(p.v, p.type, b, h, which, count, PANEL, p.dim_v, values_of(kv), value_steps(), which.first / P::per_unit,
                  reinterpret_cast<float*>(temp));
   }
 
   // Task of the second round: one chunk of query rows, last rows first because causal ones see most.
   void attend(long index, int worker) const {
-    const long heads = p.batch * p.heads, b = index % heads / p.heads, h = index % p.heads;
+    const long heads = here * group, head = first * group + index % heads, b = head / p.heads, h = head % p.heads;
     const Chunk chunk = make_chunk(p, valid_bits, cut, b, h, cut.count - 1 - index / heads);
     if (chunk.rows <= 0) return;
     const Softmax<P> rows = scratch_of(worker).rows;
-    const long kv = h / (p.heads / p.kv_heads);
-    const Keys from{keys_of(b, kv), values_of(b, kv), value_steps()};
+    const Keys from{keys_of(head / group), values_of(head / group), value_steps()};
     rows.begin(chunk);
     long block[BLOCK_PANELS], count = 0;
     bool cut_block = false;
@@ -96,13 +104,14 @@ struct Forward {
 
 template <class P>
 void forward_as(const Problem& p, Pool& pool, int threads) {
-  Forward<P> f(p);
+  Forward<P> f(p, threads);
   f.lay_out(static_cast<char*>(pool.memory((std::size_t)f.lay_out(nullptr, threads))), threads);
   mark_valid(p, f.valid_bits);
-  pool.run(threads, p.batch * p.kv_heads * f.panels,
-           [](void* x, long i, int worker) { static_cast<Forward<P>*>(x)->pack(i, worker); }, &f);
-  pool.run(threads, p.batch * p.heads * f.cut.count,
-           [](void* x, long i, int worker) { static_cast<Forward<P>*>(x)->attend(i, worker); }, &f);
+  for (; f.first < p.batch * p.kv_heads; f.first += f.turn) {
+    f.here = least(f.turn, p.batch * p.kv_heads - f.first);
+    pool.run(threads, f.here * f.panels, [](void* x, long i, int worker) { static_cast<Forward<P>*>(x)->pack(i, worker); }, &f);
+    pool.run(threads, f.here * f.group * f.cut.count, [](void* x, long i, int worker) { static_cast<Forward<P>*>(x)->attend(i, worker); }, &f);
+  }
 }
 
 }  // namespace foveal::FOVEAL_VARIANT

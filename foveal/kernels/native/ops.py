@@ -116,7 +116,9 @@ def _backward(
     grads = _gradients(q, k, v, bias, of_bias)
     nothing = (index is not None and index.numel() == 0) or (members is not None and counts[0] == 0)
     if nothing or out.numel() == 0 or k.shape[2] == 0:
-        return tuple(x.zero_() for x in grads)  # type: ignore[return-value]
+        for x in grads:
+            x.zero_()
+        return grads
     dq, dk, dv, dbias = grads
     dlse = None if dlse is None else dlse.contiguous()
     if members is not None:
@@ -130,7 +132,9 @@ def _backward(
     return grads
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, of_bias: bool) -> tuple[Tensor, ...]:
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, of_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty gradients of q, k, v and the bias table; the last one has no elements where it is not wanted."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(0) if bias is None or not of_bias else torch.empty_like(bias)

@@ -80,7 +80,7 @@ def _listed(base: BaseMask, lists: KeySelection) -> Visible:
 
 
 def _grouped(call: AttentionCall, groups: Groups) -> Visible:
-    batch, heads, q_len, _ = call.q.shape
+    heads, q_len = call.q.shape[1:3]
     kv_heads, kv_len = call.k.shape[1:3]
     known = _members.setdefault(groups, {})
     sizes = (heads, kv_heads, q_len, kv_len)
