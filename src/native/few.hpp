@@ -58,7 +58,7 @@ struct Few {
     Softmax<P> rows;
     Unit *keys, *values, *temp;
     std::int64_t *list, *where;  // the task's keys without pads; those of the gathered panels
-    const char** rows_at;        // where the rows of a panel's keys, and of all values, lie
+    const char **rows_at, **next_at;  // where the rows of a panel's keys, and of all values, lie; those of later keys
     Scratch(const Few& f, Carve& memory) : rows(f.p, f.chunk_rows * f.stacked, memory) {
       keys = memory.take<Unit>(f.in_place ? 0 : BLOCK_PANELS * PANEL * rows.steps);
       values = memory.take<Unit>(f.in_place ? 0 : VALUE_STEPS * rows.wide);
@@ -66,6 +66,7 @@ struct Few {
       list = memory.take<std::int64_t>(f.most_keys);
       where = memory.take<std::int64_t>(BLOCK_PANELS * PANEL);
       rows_at = memory.take<const char*>((1 + BLOCK_PANELS) * PANEL);
+      next_at = memory.take<const char*>(BLOCK_PANELS * PANEL);
     }
   };
 
@@ -161,15 +162,13 @@ struct Few {
           mine.rows_at[j] = row_at(p.k, p.type, c.b, kv, mine.where[slot * PANEL + j]);
           mine.rows_at[(slot + 1) * PANEL + j] = row_at(p.v, p.type, c.b, kv, mine.where[slot * PANEL + j]);
         }
-        const long bytes_k = p.dim * size_of(p.type), bytes_v = p.dim_v * size_of(p.type);
-        for (long j = 0; j < count; j++)  // the values are wanted soon, and then the next keys
-          for (long i = 0; i < bytes_v; i += 64) __builtin_prefetch(mine.rows_at[(slot + 1) * PANEL + j] + i, 0, 2);
-        for (long j = 0; j < least(PANEL, end - start - PANEL); j++)
-          for (long i = 0; i < bytes_k; i += 64) __builtin_prefetch(row_at(p.k, p.type, c.b, kv, which[PANEL + j]) + i, 0, 2);
+        for (long j = 0; j < PANEL; j++)  // most likely the keys that are wanted when the values are done
+          mine.next_at[slot * PANEL + j] = row_at(p.k, p.type, c.b, kv, which[least(BLOCK_PANELS * PANEL + j, end - start - 1)]);
+        const Ahead ahead{mine.rows_at + (slot + 1) * PANEL, p.dim_v * size_of(p.type)};
         float* s = mine.rows.s + slot * PANEL;
         const float* q = reinterpret_cast<const float*>(mine.rows.queries);
-        p.type == Type::bf16 ? all_dots<true>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL)
-                             : all_dots<false>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL);
+        p.type == Type::bf16 ? all_dots<true>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL, ahead)
+                             : all_dots<false>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL, ahead);
         return;
       }
     }
@@ -190,8 +189,9 @@ struct Few {
             rows.template logits<cut_block>(c, from, r, n, rows.s + r * ld + n * PANEL, rows.bits[r * BLOCK_PANELS + n], 1);
         rows.softmax(0, c.rows, count * PANEL);
         const char** value = mine.rows_at + PANEL;
-        p.type == Type::bf16 ? all_weigh<true>(c.rows, rows.s, ld, value, count * PANEL, rows.o, rows.wide, rows.factor)
-                             : all_weigh<false>(c.rows, rows.s, ld, value, count * PANEL, rows.o, rows.wide, rows.factor);
+        const Ahead ahead{mine.next_at, p.dim * size_of(p.type)};
+        p.type == Type::bf16 ? all_weigh<true>(c.rows, rows.s, ld, value, count * PANEL, rows.o, rows.wide, rows.factor, ahead)
+                             : all_weigh<false>(c.rows, rows.s, ld, value, count * PANEL, rows.o, rows.wide, rows.factor, ahead);
         return;
       }
     }

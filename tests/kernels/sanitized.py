@@ -13,8 +13,8 @@ import pytest
 
 NAME = "foveal.kernels.native._native"
 TESTS = (
-    "random_calls or edges or block_masks_on or few_rows or lists_of_keys or demand or strides or see_nothing or huge or nan "
-    "or bitwise or many_threads or corrupt or door"
+    "random_calls or edges or block_masks_on or few_rows or lists_of_keys or groups or entropy or demand or strides or see_nothing "
+    "or huge or nan or bitwise or many_threads or corrupt or door"
 )
 
 if __name__ == "__main__":
