@@ -34,7 +34,6 @@ bench: $(READY) ## run benchmarks/*.py (not *_gpu.py, not train_*.py) one after 
 	@set -e; for script in $(filter-out %_gpu.py benchmarks/train_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
 
 test-sanitize: $(READY) ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random calls
-	@$(PIP) install -c constraints.txt cmake ninja nanobind
 	$(BIN)/cmake -G Ninja -S src/native -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFOVEAL_SANITIZE=address,undefined \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 	$(BIN)/cmake --build build/sanitize
