@@ -26,7 +26,7 @@ from foveal.bench.peaks import machine_peaks
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved
 from foveal.core.base_mask import FULL
-from foveal.core.layouts import BlockMask, block_mask
+from foveal.core.layouts import BlockMask, Groups, KeySelection, Layout, block_mask
 from foveal.kernels import flex
 from foveal.kernels.native import _native
 
@@ -91,9 +91,11 @@ def measure(jobs: dict[str, Job], repeats: int) -> dict[str, Any]:
             row["times_faster_than_sdpa"] = Spread.of(
                 [a / b for a, b in zip(seconds["sdpa"], values, strict=True)]
             ).json()
-            if name.replace("native", "flex") in seconds:
-                flexible = seconds[name.replace("native", "flex")]
-                row["times_faster_than_flex"] = Spread.of([a / b for a, b in zip(flexible, values, strict=True)]).json()
+            for other in ("flex", "gather"):
+                if name != "native" and name.replace("native", other) in seconds:
+                    theirs = seconds[name.replace("native", other)]
+                    ratios = [a / b for a, b in zip(theirs, values, strict=True)]
+                    row[f"times_faster_than_{other}"] = Spread.of(ratios).json()
             if "native" in seconds and name != "native":
                 row["time_over_dense"] = Spread.of(
                     [b / a for a, b in zip(seconds["native"], values, strict=True)]
@@ -134,6 +136,42 @@ def backward(length: int, dtype: torch.dtype) -> dict[str, Job]:
         return Job(lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), 10 * DIM * pairs * part)
 
     return {"peak": peak_job(dtype), **{name: job(*value) for name, value in outs.items()}}
+
+
+def listed(length: int, dtype: torch.dtype, grad: bool) -> dict[str, Job]:
+    """A tenth of the keys for each 64 rows, packed documents, and groups that overlap; beside dense and beside ``gather``."""
+    make = torch.Generator().manual_seed(SEED)
+    q, k, v = (t.requires_grad_(grad) for t in tensors(length, dtype))
+    upstream = torch.randn(q.shape, generator=make).to(dtype)
+    blocks, routed = length // 64, 4
+    lists = torch.stack([torch.randperm(length, generator=make)[: int(DENSITY * length)] for _ in range(blocks)])
+    cuts = torch.randperm(length - 1, generator=make)[:30].sort().values + 1
+    bounds = torch.cat([torch.tensor([0]), cuts, torch.tensor([length])])
+    chosen = torch.stack([torch.randperm(blocks, generator=make)[:routed] for _ in range(blocks)])
+    rows = torch.arange(length).view(blocks, 1, 64).expand(-1, routed, -1).reshape(-1)
+    keys = (chosen[..., None] * 64 + torch.arange(64)).reshape(-1)
+    ends = torch.arange(0, rows.numel() + 1, 64)
+    cases: dict[str, tuple[Layout | None, float]] = {
+        "": (None, 1.0),
+        "_lists_64": (KeySelection(lists[None, None], 64), int(DENSITY * length) / length),
+        "_documents": (Groups.packed(bounds), float(bounds.diff().double().square().sum()) / length**2),
+        "_groups": (Groups(rows, ends, keys, ends), routed / blocks),
+    }
+
+    def run(mask: Layout | None, impl: str) -> Tensor:
+        out = foveal.attention(q, k, v, mask, impl=impl)
+        return torch.autograd.grad(out, (q, k, v), upstream)[0] if grad else out
+
+    def dense() -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v)
+        return torch.autograd.grad(out, (q, k, v), upstream)[0] if grad else out
+
+    work = (14 if grad else 4) * DIM * HEADS * length**2
+    jobs = {"peak": peak_job(dtype), "sdpa": Job(dense, work)}
+    for name, (mask, part) in cases.items():
+        for impl in ("native", "gather") if mask is not None else ("native",):
+            jobs[impl + name] = Job(lambda m=mask, i=impl: run(m, i), work * part)
+    return jobs
 
 
 def decode(length: int, dtype: torch.dtype) -> dict[str, Job]:
@@ -225,6 +263,8 @@ def main() -> None:
                 add(f"length_{length}_{name}", jobs, 3 * args.repeats, length=scaled(length))
             keys = max(128, int(args.scale * CACHE_BYTES / (2 * 3 * DIM * dtype.itemsize)))
             add(f"decode_{name}", decode(keys, dtype), 3 * args.repeats, keys=keys)
+            add(f"listed_{name}", listed(half, dtype, False), args.repeats, length=half)
+        add(f"listed_trained_{name}", listed(half, dtype, True), args.repeats, length=half)
         add(f"backward_{name}", backward(half, dtype), args.repeats, length=half, density=share(random_mask(half, 128)))
     result = {
         "what": "foveal's C++ kernels against torch's SDPA and compiled FlexAttention, medians and best of interleaved runs",
