@@ -168,18 +168,27 @@ def main() -> None:
     reached = {
         "both directions over sdpa, at least": over(lines["both directions"], "linear", "sdpa"),
         "causal over causal sdpa, at least": over(lines["causal"], "linear", "sdpa"),
-        **{f"{kind}, growth exponent at most": lines[kind]["growth_exponent"] for kind in ("both directions", "causal")},
+        **{
+            f"{kind}, growth exponent at most": lines[kind]["growth_exponent"] for kind in ("both directions", "causal")
+        },
         **{
             f"toeplitz {kind}, growth exponent at most": products[kind]["growth_exponent"]
             for kind in ("float32", "float64")
         },
-        **{f"packed over padded, {name}, at least": over(row["forward"], "packed", "padded") for name, row in sets.items()},
+        **{
+            f"packed over padded, {name}, at least": over(row["forward"], "packed", "padded")
+            for name, row in sets.items()
+        },
         "packed over padded, skewed sets with backward, at least": over(
             sets["skewed sets"]["forward_backward"], "packed", "padded"
         ),
     }
     targets = {
-        name: {"target": t, "reached": reached[name], "met": reached[name] >= t if "least" in name else reached[name] <= t}
+        name: {
+            "target": t,
+            "reached": reached[name],
+            "met": reached[name] >= t if "least" in name else reached[name] <= t,
+        }
         for name, t in TARGETS.items()
     }
     result = {

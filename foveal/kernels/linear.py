@@ -83,8 +83,8 @@ def linear_attention(
         b, hkv = k.shape[:2]
         product = earlier_rows(chunk) if causal else all_rows
         values = with_ones(v, normalise)
-        flat = (x.reshape(b * hkv, x.shape[1] // hkv, *x.shape[2:]) for x in (q, k, values))
-        out, end = sums(*flat, start.flatten(0, 1), product)
+        qs, ks, vs = (x.reshape(b * hkv, x.shape[1] // hkv, *x.shape[2:]) for x in (q, k, values))
+        out, end = sums(qs, ks, vs, start.flatten(0, 1), product)
         out, end = out.unflatten(0, (b, hkv)).flatten(1, 2), end.unflatten(0, (b, hkv))
     out = divided(out, normalise, eps).to(v.dtype)
     if valid is not None and q.shape[2] == k.shape[2]:
@@ -123,9 +123,7 @@ def linear_step(
     return out.flatten(1, 2).to(v.dtype), LinearState(kv, z)
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, causal: bool, normalise: bool
-) -> tuple[Tensor, Tensor]:
+def _reference(q: Tensor, k: Tensor, v: Tensor, start: Tensor, causal: bool, normalise: bool) -> tuple[Tensor, Tensor]:
     """The definition, with all pairs at once."""
     groups = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), with_ones(v.double(), normalise)

@@ -31,6 +31,7 @@ BLOCK = 1 << 20
 """State elements of the chunks that are worked on at once."""
 
 
+@torch.compiler.disable  # sizes depend on the data
 def linear_attention_packed(
     q: Tensor,
     k: Tensor,
@@ -61,7 +62,8 @@ def linear_attention_packed(
     Raises:
         ShapeError: shapes, dtypes or boundaries that do not fit. ConfigError: an unknown ``impl``, a ``chunk`` below 1.
     """
-    check(*(x.transpose(-3, -2) if x.dim() == 3 else x for x in (q, k, v)), impl, 1 if chunk is None else chunk)
+    heads_first = [x.transpose(-3, -2) if x.dim() == 3 else x for x in (q, k, v)]
+    check(heads_first[0], heads_first[1], heads_first[2], impl, 1 if chunk is None else chunk)
     if q.dim() != 3 or q.shape[0] != k.shape[0]:
         raise ShapeError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; expected (T, H, F) and (T, Hkv, F).")
     check_cu(cu_seqlens, q.shape[0])
@@ -72,8 +74,8 @@ def linear_attention_packed(
         return _reference(q, k, v, cu_seqlens, causal, normalise, eps, state)
     plan = Pieces.cut(cu_seqlens, chunk)
     values = with_ones(v, normalise)
-    packed = (x.unflatten(1, (hkv, -1)) for x in (q, k, values))
-    out, end = sums(*packed, start, plan.product(causal))
+    qs, ks, vs = (x.unflatten(1, (hkv, x.shape[1] // hkv)) for x in (q, k, values))
+    out, end = sums(qs, ks, vs, start, plan.product(causal))
     out = divided(out.flatten(1, 2), normalise, eps).to(v.dtype)
     if normalise:
         return out, LinearState(end[..., :-1], end[..., -1])

@@ -60,7 +60,12 @@ def toeplitz_attention(
     """
     check(q, k, v, "fast", 1)
     q_len = q.shape[-2]
-    if q.dim() != 4 or q.shape[:2] != k.shape[:2] or check_table(c, k.shape[-2]) != q_len or c.shape[0] not in (1, q.shape[1]):
+    if (
+        q.dim() != 4
+        or q.shape[:2] != k.shape[:2]
+        or check_table(c, k.shape[-2]) != q_len
+        or c.shape[0] not in (1, q.shape[1])
+    ):
         raise ShapeError(
             f"q, k, c have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(c.shape)}; expected (B, H, Nq, m), (B, H, Nk, m), (H or 1, Nq + Nk − 1)."
         )

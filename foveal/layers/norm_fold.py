@@ -80,8 +80,10 @@ def fold_norms(model: nn.Module, run: Run, *, tolerance: float | None = None, se
     Raises:
         ConfigError: no such norm, or γ is not 0 yet. ModelError: the example never reaches a norm, or the folded model differs.
     """
-    norms = {
-        name: m for name, m in model.named_modules() if isinstance(m, PRepBN) or (isinstance(m, RepBN) and not _inner(model, name))
+    norms: dict[str, nn.Module] = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, PRepBN) or (isinstance(m, RepBN) and not _inner(model, name))
     }
     if not norms:
         raise ConfigError("fold_norms found no PRepBN or RepBN in the model; call convert_norms before training.")
@@ -99,7 +101,9 @@ def fold_norms(model: nn.Module, run: Run, *, tolerance: float | None = None, se
     g, report = torch.Generator().manual_seed(seed), FoldReport()
     shared = _shared(model)
     for name, m in norms.items():
-        a, b = (m.rep if isinstance(m, PRepBN) else m).affine()
+        rep = m.rep if isinstance(m, PRepBN) else m
+        assert isinstance(rep, RepBN)
+        a, b = rep.affine()
         if name not in calls.outputs:
             raise ModelError(f"the example never reaches {name}; run one that passes every norm.")
         for how, layers in _candidates(model, calls, name, len(a)):

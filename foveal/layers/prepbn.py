@@ -75,7 +75,12 @@ class RepBN(nn.Module):
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert self.bn.running_mean is not None and self.bn.running_var is not None
         deviation = (self.bn.running_var.double() + self.bn.eps).sqrt()
-        return self.bn.running_mean.double(), deviation, self.bn.weight.detach().double(), self.bn.bias.detach().double()
+        return (
+            self.bn.running_mean.double(),
+            deviation,
+            self.bn.weight.detach().double(),
+            self.bn.bias.detach().double(),
+        )
 
 
 class PRepBN(nn.Module):

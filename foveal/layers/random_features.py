@@ -34,9 +34,7 @@ def draw_directions(
     if how not in DRAWS:
         raise ConfigError(f"features is {how!r}. {nearest(str(how), DRAWS)}")
     if min(heads, count, dim) < 1:
-        raise ConfigError(
-            f"draw_directions has heads={heads}, count={count}, dim={dim}; expected at least 1 of each."
-        )
+        raise ConfigError(f"draw_directions has heads={heads}, count={count}, dim={dim}; expected at least 1 of each.")
     w = torch.randn(heads, count, dim, generator=generator)
     if how == "gaussian":
         return w

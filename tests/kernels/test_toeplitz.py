@@ -45,7 +45,9 @@ def test_identity_3_equals_the_matrix_forward_and_backward(
     got = toeplitz_matmul(c, a, causal=causal, precision=precision)
     torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
     upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for x, y in zip(torch.autograd.grad(got, (c, a), upstream), torch.autograd.grad(exact, (c, a), upstream), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(got, (c, a), upstream), torch.autograd.grad(exact, (c, a), upstream), strict=True
+    ):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 

@@ -354,7 +354,7 @@ def test_folding_is_refused_before_the_schedule_ends() -> None:
     model = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, C))
     convert_norms(model, 10)
     set_progress(model, 9)
-    with pytest.raises(ConfigError, match="has γ = 0.1; expected 0"):
+    with pytest.raises(ConfigError, match=r"has γ = 0\.1; expected 0"):
         fold_norms(model, lambda m: m(tokens(2, C, dtype=torch.float32)))
     with pytest.raises(ConfigError, match="found no PRepBN"):
         fold_norms(nn.Linear(2, 2), lambda m: m(torch.ones(1, 2)))
@@ -427,7 +427,9 @@ def test_sla_equals_its_equation() -> None:
         for i in range(3):
             for j in range(4):
                 patch = padded[:, i : i + 5, j : j + 5]  # (B, 5, 5, d)
-                out[:, 4 * i + j, own] += (patch * module.dwc.weight[:, 0].permute(1, 2, 0)).sum((1, 2)) + module.dwc.bias
+                out[:, 4 * i + j, own] += (patch * module.dwc.weight[:, 0].permute(1, 2, 0)).sum(
+                    (1, 2)
+                ) + module.dwc.bias
     torch.testing.assert_close(module(x), module.out(out))
 
 

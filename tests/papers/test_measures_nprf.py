@@ -27,7 +27,9 @@ def test_the_dense_side_is_softmax_with_the_bias() -> None:
     q, k, v = (torch.randn(1, 1, 9, 4, generator=g, dtype=torch.float64) for _ in range(3))
     c = torch.rand(1, 17, generator=g, dtype=torch.float64)
     table = c.log()[0]
-    logits = torch.stack([torch.stack([q[0, 0, i] @ k[0, 0, j] + table[j - i + 8] for j in range(9)]) for i in range(9)])
+    logits = torch.stack(
+        [torch.stack([q[0, 0, i] @ k[0, 0, j] + table[j - i + 8] for j in range(9)]) for i in range(9)]
+    )
     torch.testing.assert_close(nprf_rpe.dense(q, k, v, c)[0, 0], torch.softmax(logits, -1) @ v[0, 0])
     ones = torch.ones_like(q[..., :1])
     torch.testing.assert_close(

@@ -15,9 +15,19 @@ from foveal.papers.cards import load_card
 from foveal.papers.measures import slab
 
 
+NEEDS_DIGITS = pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn")
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("SIDE", 32), ("SPEED_DIM", 24), ("SPEED_DEPTH", 2), ("SIDES", (4, 6)), ("DEPTH", 1), ("DIM", 16)):
+    for name, value in (
+        ("SIDE", 32),
+        ("SPEED_DIM", 24),
+        ("SPEED_DEPTH", 2),
+        ("SIDES", (4, 6)),
+        ("DEPTH", 1),
+        ("DIM", 16), ("FOLD_DIM", 16), ("TRAINED_SEEDS", 1),
+    ):
         monkeypatch.setattr(slab, name, value)
 
 
@@ -36,14 +46,10 @@ def test_a_diverged_training_is_told(short: None, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("measure", "options"),
     [
-        ("measure_fold", {"seeds": 1}),
+        pytest.param("measure_fold", {"seeds": 1, "steps": 4}, marks=NEEDS_DIGITS),
         ("measure_speed", {"repeats": 1}),
         ("measure_crossover", {"repeats": 1}),
-        pytest.param(
-            "measure_training",
-            {"seeds": 1, "steps": 3},
-            marks=pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn"),
-        ),
+        pytest.param("measure_training", {"seeds": 1, "steps": 3}, marks=NEEDS_DIGITS),
     ],
 )
 def test_results_have_a_verdict_and_their_provenance(

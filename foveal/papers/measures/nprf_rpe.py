@@ -50,7 +50,13 @@ def measure_error(seeds: int = 5, seed: int = 0, out: Path | None = None) -> dic
     """Claim ``error-grows-with-norm``."""
     means = {r: {m: fmean(error(r, m, s) for s in range(seed, seed + seeds)) for m in FEATURES} for r in NORMS}
     grows, falls = means[4.0][64] / means[1.0][64], means[1.0][1024] / means[1.0][16]
-    verdict = "reproduced" if grows >= GROWS and falls <= FALLS else "direction holds" if grows > 1 > falls else "not reproduced"
+    verdict = (
+        "reproduced"
+        if grows >= GROWS and falls <= FALLS
+        else "direction holds"
+        if grows > 1 > falls
+        else "not reproduced"
+    )
     numbers = {
         "error_norm_4_over_norm_1_at_64_features": round(grows, 2),
         "error_1024_over_16_features_at_norm_1": round(falls, 3),
@@ -95,14 +101,18 @@ def measure_time(repeats: int = 3, seed: int = 0, out: Path | None = None) -> di
     growth = {f"fft, {m} features": round(grows(f"fft {m}", FAST_LENGTHS), 3) for m in MAPPED}
     growth["dense"] = round(grows("dense", DENSE_LENGTHS), 3)
     cross = {
-        f"{m} features over {kind}": next((n for n in DENSE_LENGTHS if seconds[f"fft {m} {n}"] < seconds[f"{kind} {n}"]), None)
+        f"{m} features over {kind}": next(
+            (n for n in DENSE_LENGTHS if seconds[f"fft {m} {n}"] < seconds[f"{kind} {n}"]), None
+        )
         for m in MAPPED
         for kind in ("dense", "kernel")
     }
     first = cross["16 features over dense"]
     exponent = growth["fft, 16 features"]
     crossed, near = first is not None and first <= CROSSOVER, exponent <= EXPONENT
-    verdict = "reproduced" if crossed and near else "direction holds" if exponent < growth["dense"] else "not reproduced"
+    verdict = (
+        "reproduced" if crossed and near else "direction holds" if exponent < growth["dense"] else "not reproduced"
+    )
     numbers = {
         "growth_exponent": growth,
         "first_length_faster_than": cross,
