@@ -96,9 +96,7 @@ class ScatteredLinearAttention(nn.Module):
             windows = Windows.from_ids(windows)
         check_cu(windows.cu_seqlens, len(x))
         q, k, v = self.qkv(windows.sorted(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        out, _ = linear_attention_packed(
-            torch.relu(q), torch.relu(k), v, windows.cu_seqlens, eps=EPS, chunk=self.chunk
-        )
+        out, _ = linear_attention_packed(torch.relu(q), torch.relu(k), v, windows.cu_seqlens, eps=EPS, chunk=self.chunk)
         return self.out(windows.restored(out.flatten(1)))
 
 
@@ -169,7 +167,9 @@ class ScatterStage(nn.Module):
         dim, num_heads, window, depth: sizes. options: of :class:`ScatterBlock`.
     """
 
-    def __init__(self, dim: int, num_heads: int = 4, window: int = 12, depth: int = 3, **options: bool | int | str) -> None:
+    def __init__(
+        self, dim: int, num_heads: int = 4, window: int = 12, depth: int = 3, **options: bool | int | str
+    ) -> None:
         super().__init__()
         self.window = window
         self.blocks = nn.ModuleList(ScatterBlock(dim, num_heads, window, **options) for _ in range(depth))  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ class ScatterStage(nn.Module):
         given = Windows.from_coords(coords, self.window)
         x, coords = given.sorted(x), given.sorted(coords)
         inside = Windows(given.cu_seqlens)
-        first = next((b.interaction for b in self.blocks if b.interaction is not None), None)
+        first = next((m for m in self.modules() if isinstance(m, CrossWindowInteraction)), None)
         neighbors = [] if first is None else first.neighbors(coords)
         for block in self.blocks:
             x = block(x, inside, neighbors)

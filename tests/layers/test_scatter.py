@@ -149,7 +149,9 @@ def test_identity_8_reach_of_the_interaction() -> None:
     touched = [grid[(out[:, i * 2 : i * 2 + 2] != 0).any(1)] - grid[centre] for i in range(4)]
     assert len(touched[0]) == 27 and int(touched[0].abs().max()) == 1
     assert sorted(touched[1][:, 3].tolist()) == list(range(-S // 2, S // 2 + 1)) and not bool(touched[1][:, :3].any())
-    assert sorted(touched[2][:, 2].tolist()) == list(range(-S // 2, S // 2 + 1)) and not bool(touched[2][:, [0, 1, 3]].any())
+    assert sorted(touched[2][:, 2].tolist()) == list(range(-S // 2, S // 2 + 1)) and not bool(
+        touched[2][:, [0, 1, 3]].any()
+    )
     assert len(touched[3]) == 1 and torch.equal(out[centre, 6:], x[centre, 6:])
     windows = {(int(yy) // S, int(xx) // S) for _, _, yy, xx in grid[(out != 0).any(1)]}
     assert len(windows) > 1, "neighbouring windows are connected"
@@ -158,7 +160,9 @@ def test_identity_8_reach_of_the_interaction() -> None:
 @given(
     sizes=st.sampled_from([(3, 3, 3), (1, 1, 5), (1, 5, 1), (3, 1, 5)]), count=st.integers(1, 120), seed=st.integers(0, 50)
 )  # fmt: skip
-def test_identity_8_equals_a_dense_convolution_at_active_sites(sizes: tuple[int, int, int], count: int, seed: int) -> None:
+def test_identity_8_equals_a_dense_convolution_at_active_sites(
+    sizes: tuple[int, int, int], count: int, seed: int
+) -> None:
     coords = voxels(count, seed)
     x = torch.randn(count, 3, generator=make(seed), dtype=torch.float64, requires_grad=True)
     taps = box(sizes)

@@ -26,7 +26,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SPEED_DEPTH", 2),
         ("SIDES", (4, 6)),
         ("DEPTH", 1),
-        ("DIM", 16), ("FOLD_DIM", 16), ("TRAINED_SEEDS", 1),
+        ("DIM", 16),
+        ("FOLD_DIM", 16),
+        ("TRAINED_SEEDS", 1),
     ):
         monkeypatch.setattr(slab, name, value)
 

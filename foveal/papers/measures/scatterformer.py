@@ -125,7 +125,9 @@ def accuracy(variant: str, seed: int, steps: int) -> tuple[float, float]:
     fit(model, loss, steps, lr=5e-3, seed=seed)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm1d):
-            m.momentum = None  # running statistics of the trained weights, the authors' momentum being slow for so few steps
+            m.momentum = (
+                None  # running statistics of the trained weights, the authors' momentum being slow for so few steps
+            )
             m.reset_running_stats()
             m.train()
     g = torch.Generator().manual_seed(10_000 + seed)

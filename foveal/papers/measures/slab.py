@@ -60,7 +60,10 @@ def _trained(seed: int, steps: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
     text = load_text()[:50_000]
     symbols = sorted(set(text))
     ids = torch.tensor([symbols.index(ch) for ch in text])
-    vits = {f"vision transformer, {n}": slab_vit(10, (4, 4), steps, patch=2, dim=FOLD_DIM, linear=n == "SLA", seed=seed) for n in ("softmax", "SLA")}
+    vits = {
+        f"vision transformer, {n}": slab_vit(10, (4, 4), steps, patch=2, dim=FOLD_DIM, linear=n == "SLA", seed=seed)
+        for n in ("softmax", "SLA")
+    }
     lm = prepbn_lm(len(symbols), steps, dim=FOLD_DIM, seed=seed)
 
     def picture_loss(model: ViT, step: int, g: torch.Generator) -> Tensor:
@@ -78,7 +81,10 @@ def _trained(seed: int, steps: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
     for model in (*vits.values(), lm):
         set_progress(model, steps)
     last = ids[-480:].view(10, 48)
-    return {**{n: (m, partial(_call, held[:64])) for n, m in vits.items()}, "language model": (lm, partial(_call, last))}
+    return {
+        **{n: (m, partial(_call, held[:64])) for n, m in vits.items()},
+        "language model": (lm, partial(_call, last)),
+    }
 
 
 def measure_fold(seeds: int = 5, seed: int = 0, steps: int = 60, out: Path | None = None) -> dict[str, Any]:
@@ -110,12 +116,12 @@ def measure_fold(seeds: int = 5, seed: int = 0, steps: int = 60, out: Path | Non
     wild: dict[str, float] = {}
     for s in range(seed, seed + seeds):
         for dtype in (torch.float32, torch.float64):
-            model = slab_vit(10, (8, 8), 1, depth=4, linear=False, seed=s).to(dtype)
-            set_progress(model, 1)
-            _trained_looks(model, torch.Generator().manual_seed(s))
+            vit = slab_vit(10, (8, 8), 1, depth=4, linear=False, seed=s).to(dtype)
+            set_progress(vit, 1)
+            _trained_looks(vit, torch.Generator().manual_seed(s))
             image = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(s)).to(dtype)
             name = str(dtype)[6:]
-            wild[name] = max(wild.get(name, 0.0), fold_norms(model, partial(_call, image), tolerance=1.0, seed=s).error)
+            wild[name] = max(wild.get(name, 0.0), fold_norms(vit, partial(_call, image), tolerance=1.0, seed=s).error)
     inside = errors["float32"] <= 1e-6 and errors["float64"] <= 1e-12
     whole = max(models.values()) <= 1e-4
     verdict = "reproduced" if inside and whole else "direction holds" if whole else "not reproduced"
