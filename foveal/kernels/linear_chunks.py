@@ -49,7 +49,6 @@ class _Sums(torch.autograd.Function):
         product: Product = ctx.product
         need_q, need_k, need_v, need_state, _ = ctx.needs_input_grad
         dq = dk = dv = dstate = None
-        grad, grad_end = grad.to(q.dtype), grad_end.to(state.dtype)
         with full_precision(q):
             if need_q:
                 dq, _ = product(grad, v, k, state.mT, False)

@@ -32,7 +32,7 @@ from .toeplitz import (
 
 
 def toeplitz_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, *, causal: bool = False, eps: float = 1e-9
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, *, causal: bool = False, eps: float = 0.0
 ) -> Tensor:
     """The definition, with all pairs at once, in float64. Arguments as :func:`toeplitz_attention`."""
     q_len, k_len = q.shape[-2], k.shape[-2]
@@ -41,7 +41,7 @@ def toeplitz_attention_reference(
 
 
 def toeplitz_attention(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, *, causal: bool = False, eps: float = 1e-9, precision: Precision = "auto"
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, *, causal: bool = False, eps: float = 0.0, precision: Precision = "auto"
 ) -> Tensor:  # fmt: skip
     """``out_i = Σ_j c_{j−i} (q_i·k_j) v_j / Σ_j c_{j−i} (q_i·k_j)``.
 
@@ -49,7 +49,8 @@ def toeplitz_attention(
         q: ``(B, H, Nq, m)`` mapped queries. k: ``(B, H, Nk, m)`` mapped keys. v: ``(B, H, Nk, Dv)``.
         c: ``(H or 1, Nq + Nk − 1)`` table as in ``foveal.kernels.toeplitz``; scaling it changes nothing.
         causal: rows see offsets up to Nk − Nq. Rounding of the FFT (never the exact sum) reaches earlier rows.
-        eps: least size of a divisor, relative to the largest possible one; smaller ones are set to it.
+        eps: least size of a divisor over the largest of its head, for features whose products can be negative; smaller ones are
+            set to it. A row whose divisor is 0 gives zeros.
         precision: see :func:`foveal.kernels.toeplitz.toeplitz_matmul`.
 
     Returns:
@@ -80,9 +81,11 @@ def toeplitz_attention(
 
 
 def away_from_zero(divisor: Tensor, eps: float) -> Tensor:
-    """Divisors of size ``eps`` times the largest at least; their signs stay."""
-    least = (eps * divisor.detach().abs().amax()).clamp(min=torch.finfo(divisor.dtype).tiny)
-    return torch.where(divisor.abs() < least, torch.where(divisor < 0, -least, least), divisor)
+    """Divisors ``(B, H, N, 1)`` of size ``eps`` times their head's largest at least, with their signs; 0 becomes 1, for rows of zeros."""
+    least = eps * divisor.detach().abs().amax(-2, keepdim=True)
+    least = torch.where(least > 0, least, torch.ones_like(least)) if eps else torch.ones_like(least)
+    small = divisor.abs() < least if eps else divisor == 0
+    return torch.where(small, torch.where(divisor < 0, -least, least), divisor)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from .random_features import Draw, draw_directions, positive_features, trigonome
 
 Kernel = Literal["prf", "trf", "softmax"]
 KERNELS = ("prf", "trf", "softmax")
-EPS = 1e-9
-"""Least divisor over the largest one."""
+TRF_EPS = 1e-6
+"""Least divisor over the largest one, for features whose products can be negative."""
 
 
 class RelativeBias(nn.Module):
@@ -166,7 +166,7 @@ class NPRFAttention(nn.Module):
         if self.bias is None and (not self.causal or q_len == k_len):
             return linear_attention(q, k, v, causal=self.causal)[0]
         return toeplitz_attention(
-            q, k, v, self.weights(q_len, k_len), causal=self.causal, eps=EPS,
+            q, k, v, self.weights(q_len, k_len), causal=self.causal, eps=TRF_EPS if self.kernel == "trf" else 0.0,
             precision="dense" if q_len <= SHORT else self.precision,
         )  # fmt: skip
 

@@ -14,7 +14,6 @@ from foveal.models import ViT
 from foveal.papers.cards import load_card
 from foveal.papers.measures import slab
 
-
 NEEDS_DIGITS = pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn")
 
 

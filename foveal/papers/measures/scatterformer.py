@@ -6,6 +6,7 @@ Run ``python -m foveal.papers.measures.scatterformer`` to measure both and write
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -51,7 +52,7 @@ def measure_padding(repeats: int = 5, seed: int = 0, out: Path | None = None) ->
     cu = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     valid, window = torch.arange(int(sizes.max())) < sizes[:, None], torch.repeat_interleave(torch.arange(SETS), sizes)
     q, k, v = (torch.rand(int(cu[-1]), HEADS, HEAD_DIM, generator=g) for _ in range(3))
-    jobs = {
+    jobs: dict[str, Callable[[], Tensor]] = {
         "packed": lambda: linear_attention_packed(q, k, v, cu, eps=EPS)[0],
         "padded": partial(padded, q, k, v, valid),
         "naive": partial(naive, q, k, v, window, SETS),

@@ -78,8 +78,8 @@ def _trained(seed: int, steps: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
     for model in vits.values():
         fit(model, partial(picture_loss, model), steps + steps // 4, lr=1e-3, seed=seed)
     fit(lm, text_loss, steps + steps // 4, lr=1e-3, seed=seed)
-    for model in (*vits.values(), lm):
-        set_progress(model, steps)
+    for each in (*vits.values(), lm):
+        set_progress(each, steps)
     last = ids[-480:].view(10, 48)
     return {
         **{n: (m, partial(_call, held[:64])) for n, m in vits.items()},
@@ -89,8 +89,7 @@ def _trained(seed: int, steps: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
 
 def measure_fold(seeds: int = 5, seed: int = 0, steps: int = 60, out: Path | None = None) -> dict[str, Any]:
     """Claim ``fold-identity``: RepBN with random statistics against its affine form, its one-batch-norm form and the folded layer; whole
-    models, trained through the schedule, before and after. A softmax ViT with random statistics, which amplifies rounding as no trained
-    one does, is reported beside them and decides nothing."""
+models, trained through the schedule, before and after. A softmax ViT with random statistics is reported beside them."""
     errors: dict[str, float] = {}
     models: dict[str, float] = {}
     for s in range(seed, seed + seeds):
