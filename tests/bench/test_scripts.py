@@ -142,6 +142,18 @@ def test_the_mass_recall_of_the_predictors_script() -> None:
     assert state.first.shape[1] == 16
 
 
+def test_linear_speed(tmp_path: Path) -> None:
+    data = script("linear_speed.py", tmp_path / "r.json", "--scale", "0.02", "--repeats", "1")
+    reached = data["linear"]["causal"]["linear"]["over_sdpa"]["median"]
+    assert data["targets"]["causal over causal sdpa, at least"]["reached"] == reached > 0
+    assert data["toeplitz"].keys() == {"columns", "float32", "float64"}
+    assert (
+        data["ragged"]["even sets of 16"]["padded_rows_over_rows"]
+        == 1.0
+        < data["ragged"]["skewed sets"]["padded_rows_over_rows"]
+    )
+
+
 def test_machine_peaks(tmp_path: Path) -> None:
     assert (
         script("machine_peaks.py", tmp_path / "r.json", "--size", "64", "--repeats", "1")["cpu"]["fp32_matmul_gflops"]
