@@ -233,16 +233,21 @@ def _chunk(t: _Tokens, state: MemoryState, activation: str, clip: float | None) 
     kept = decay[..., 1:] * t.keep[..., None, :]
     mixed = kept @ carry  # M_t = Σ_i decay[t, i]·S_i and S_i = Σ_j carry[i, j]·(−θ_j·g_j)
     a, c, w = decay[..., :1], mixed[..., :1], mixed[..., 1:] * theta[..., None, :]
-    h = carry[..., -1, 1:] * theta
     z = t.q
     for i, (m, s, e, x) in enumerate(zip(state.weights, state.momentum, errors, inputs, strict=True)):
-        z = a * (z @ m.mT) + c * (z @ s.mT) - (w * (z @ x.mT)) @ e
+        # a·z·Mᵀ + c·z·Sᵀ − (w ⊙ z·Xᵀ)·E as one product
+        z = torch.cat([a * z, c * z, (z @ x.mT) * -w], -1) @ torch.cat([m.mT, s.mT, e], -2)
         z = act(z) if i < len(errors) - 1 else z
-    a, c, w = a[..., -1:, :], c[..., -1:, :], w[..., -1, :, None]
+    last = torch.stack([w[..., -1, :], carry[..., -1, 1:] * theta], -2)[
+        ..., None
+    ]  # (B, H, 2, n, 1): what each token leaves in M and S
+    a, c, h = a[..., -1:, :], c[..., -1:, :], carry[..., -1:, :1]
     weights, momentum = [], []
     for m, s, e, x in zip(state.weights, state.momentum, errors, inputs, strict=True):
-        weights.append(a * m + c * s - (w * e).mT @ x)
-        momentum.append(carry[..., -1:, :1] * s - (h[..., None] * e).mT @ x)
+        left = (last * e[:, :, None]).mT.flatten(2, 3) @ x  # (B, H, 2·out, in)
+        to_m, to_s = left.chunk(2, -2)
+        weights.append(a * m + c * s - to_m)
+        momentum.append(h * s - to_s)
     return z, surprise, tuple(weights), tuple(momentum)
 
 

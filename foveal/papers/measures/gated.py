@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...data.backcopy import BackCopy
 from ...layers.gated import GateConfig, GatedAttention
@@ -34,12 +35,18 @@ GATES: dict[str, GateConfig | None] = {
 
 
 def model_of(gate: GateConfig | None, vocab_size: int, seed: int) -> DecoderLM:
-    """One layer, one head, rotary positions."""
+    """One layer, one head, rotary positions; torch's own initial weights, as a plain script of the experiment has."""
 
     def attention(index: int) -> Hosted:
         return Hosted(GatedAttention(DIM, 1, gate=gate, qk_norm=False), index)
 
-    return DecoderLM(vocab_size, DIM, 1, attention=attention, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        model = DecoderLM(vocab_size, DIM, 1, attention=attention, seed=seed)
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.reset_parameters()
+    return model
 
 
 def attention_of(model: DecoderLM) -> GatedAttention:
