@@ -159,6 +159,25 @@ class Hosted(nn.Module):
         return self.layer(x, positions=run.positions[:, 0], attend=partial(attend, run, self.layer_index, x))
 
 
+class Recurrent(nn.Module):
+    """A layer that carries a state of its own as the attention of a causal backbone; the pass's memory keeps the state.
+
+    Args:
+        layer: called as ``layer(x, state) → (out, state)``, such as ``layers.titans.LMM``. layer_index: where in the backbone.
+    """
+
+    def __init__(self, layer: nn.Module, layer_index: int) -> None:
+        super().__init__()
+        self.layer, self.layer_index = layer, layer_index
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """``(B, N, dim)`` in and out."""
+        out, state = self.layer(x, None if run.memory is None else run.memory.states.get(self.layer_index))
+        if run.memory is not None:
+            run.memory.states[self.layer_index] = state
+        return out
+
+
 class Mlp(nn.Module):
     """Gated linear unit with SiLU, ``ratio`` times as wide inside."""
 
@@ -198,7 +217,9 @@ def initialise(model: nn.Module, depth: int, seed: int) -> None:
         for name, p in model.named_parameters():
             if p.dim() >= 2:
                 std = p.shape[1] ** -0.5 if "embed" not in name else 0.02
-                if name.endswith(("attention.out.weight", "layer.o_proj.weight", "mlp.down.weight")):
+                if name.endswith(
+                    ("attention.out.weight", "layer.o_proj.weight", "layer.out.weight", "mlp.down.weight")
+                ):
                     std /= (2 * depth) ** 0.5
                 p.copy_(torch.randn(p.shape, generator=g) * std)
             elif name.endswith("bias"):
