@@ -39,7 +39,8 @@ class NeuralMemory(nn.Module):
         chunk: tokens whose gradients are taken at the same memory; part of the model.
         conv: width of the causal convolutions of q, k and v; 1 for none.
         momentum, decay: False fixes η or α at 0.
-        theta_max: largest step; default ``min(1, head_dim / chunk) / 2``, as a chunk adds up its gradients before any is corrected.
+        theta_max: largest step; default ``1 / (2·chunk)``: a chunk adds up its gradients before any is corrected, and after SiLU all keys
+            lie close to each other, so that the sum grows like the chunk.
         clip: largest norm of one token's gradient.
         recompute: store no chunk's activations for the backward pass.
 
@@ -78,7 +79,7 @@ class NeuralMemory(nn.Module):
         self.num_heads, self.head_dim, self.chunk, self.conv_width = num_heads, size, chunk, conv
         self.activation, self.clip, self.recompute = activation, clip, recompute
         self.momentum, self.decay = momentum, decay
-        self.theta_max = min(1.0, size / chunk) / 2 if theta_max is None else theta_max
+        self.theta_max = 0.5 / chunk if theta_max is None else theta_max
         width = num_heads * size
         self.qkv = nn.Linear(dim, 3 * width, bias=False)
         self.conv = nn.Conv1d(3 * width, 3 * width, conv, groups=3 * width) if conv > 1 else None

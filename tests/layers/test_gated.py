@@ -399,7 +399,7 @@ def test_state_dict_deepcopy_autocast_and_low_precision(config):
 
 def test_compiles():
     model, x = layer(GateConfig()).float(), tokens().float()
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_the_layer_is_its_parts(depth):
     q, k, v = y.split(DIM, 1)
     q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
     alpha, eta, theta = torch.sigmoid(x[0] @ model.gates.weight.T + model.gate_offset).T
-    theta = theta * 0.5  # min(1, 12 / 4) / 2
+    theta = theta / 8
     now = [p[0].detach().clone() for p in model.initial]
     s = [torch.zeros_like(p) for p in now]
 
@@ -301,7 +301,7 @@ def test_the_backbone_takes_them_with_a_memory(kind):
 
 def test_compiles():
     model, x = memory(depth=1, conv=2).float(), tokens(4).float()
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x)[0], model(x)[0])
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x)[0], model(x)[0])
 
 
 def test_another_chunk_or_segment_is_refused():
