@@ -232,23 +232,23 @@ def _chunk(t: _Tokens, state: MemoryState, activation: str, clip: float | None) 
     decay, carry = _products(1 - t.alpha), _products(t.eta)  # (B, H, n, n + 1): column 0 is what was there before
     kept = decay[..., 1:] * t.keep[..., None, :]
     mixed = kept @ carry  # M_t = Σ_i decay[t, i]·S_i and S_i = Σ_j carry[i, j]·(−θ_j·g_j)
-    a, c, w = decay[..., :1], mixed[..., :1], mixed[..., 1:] * theta[..., None, :]
+    a, c, w = decay[..., :1], mixed[..., :1], -mixed[..., 1:] * theta[..., None, :]
     z = t.q
     for i, (m, s, e, x) in enumerate(zip(state.weights, state.momentum, errors, inputs, strict=True)):
-        # a·z·Mᵀ + c·z·Sᵀ − (w ⊙ z·Xᵀ)·E as one product
-        z = torch.cat([a * z, c * z, (z @ x.mT) * -w], -1) @ torch.cat([m.mT, s.mT, e], -2)
+        z = _add(_add(a * (z @ m.mT), c * z, s.mT), w * (z @ x.mT), e)
         z = act(z) if i < len(errors) - 1 else z
-    last = torch.stack([w[..., -1, :], carry[..., -1, 1:] * theta], -2)[
-        ..., None
-    ]  # (B, H, 2, n, 1): what each token leaves in M and S
-    a, c, h = a[..., -1:, :], c[..., -1:, :], carry[..., -1:, :1]
+    a, c, w = a[..., -1:, :], c[..., -1:, :], w[..., -1, :, None]
+    h, left = carry[..., -1:, :1], -(carry[..., -1, 1:] * theta)[..., None]
     weights, momentum = [], []
     for m, s, e, x in zip(state.weights, state.momentum, errors, inputs, strict=True):
-        left = (last * e[:, :, None]).mT.flatten(2, 3) @ x  # (B, H, 2·out, in)
-        to_m, to_s = left.chunk(2, -2)
-        weights.append(a * m + c * s - to_m)
-        momentum.append(h * s - to_s)
+        weights.append(_add(torch.addcmul(a * m, c, s), (w * e).mT, x))
+        momentum.append(_add(h * s, (left * e).mT, x))
     return z, surprise, tuple(weights), tuple(momentum)
+
+
+def _add(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x + a @ b`` in one product, ``(B, H, ·, ·)`` each."""
+    return torch.baddbmm(x.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)).view(x.shape)
 
 
 def _products(factor: Tensor) -> Tensor:
