@@ -26,14 +26,14 @@ def test_only_the_last_value_of_a_key_counts():
     task = titans.overwriting(50, torch.Generator().manual_seed(0))
     for ids, answer in zip(task.ids.tolist(), task.answer.tolist(), strict=True):
         end = ids.index(SEPARATOR)
-        assert end == 24 and len(ids) == 33
+        assert end == 16 and len(ids) == 25
         last: dict[int, int] = {}
         for key, value in zip(ids[0:end:2], ids[1:end:2], strict=True):
             assert FIRST <= key < FIRST + 4 and value >= FIRST + titans.KEYS
             last[key] = value
         asked = list(zip(ids[end + 1 :: 2], ids[end + 2 :: 2], strict=True))
         assert len(last) == 4 and dict(asked) == last and len(asked) == 4
-        assert [i for i, a in enumerate(answer) if a] == list(range(end + 2, 33, 2))
+        assert [i for i, a in enumerate(answer) if a] == list(range(end + 2, 25, 2))
 
 
 def test_every_variant_differs_from_the_full_memory_in_one_thing():

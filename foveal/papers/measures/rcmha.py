@@ -21,8 +21,8 @@ from ...recipes.fit import fit
 from .results import write_result
 
 FORMS = {"MHA": (False, False), "MDHA": (True, False), "RMHA": (False, True), "RCMHA": (True, True)}
-DIM, HEADS, PAIRS, KEYS, VALUES = 64, 4, 8, 32, 32
-BATCH, STEPS, RATE, SEEDS, TESTED = 32, 500, 2e-3, 3, 256
+DIM, HEADS, PAIRS, KEYS, VALUES = 64, 4, 6, 16, 16
+BATCH, STEPS, RATE, SEEDS, TESTED = 32, 400, 3e-3, 3, 256
 TRAINED, TRANSFER = 64, 256
 """Lengths of the transfer experiment."""
 

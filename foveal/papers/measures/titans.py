@@ -40,7 +40,8 @@ def model_of(vocab_size: int, seed: int, **memory: Any) -> DecoderLM:
     """One layer: an LMM of one head and an MLP; torch's own initial weights."""
 
     def attention(index: int) -> Recurrent:
-        return Recurrent(LMM(DIM, persistent=0, memory=NeuralMemory(DIM, chunk=CHUNK, expand=2.0, **memory)), index)
+        fields = {"chunk": CHUNK, "expand": 2.0, **memory}
+        return Recurrent(LMM(DIM, persistent=0, memory=NeuralMemory(DIM, **fields)), index)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,7 +52,7 @@ def model_of(vocab_size: int, seed: int, **memory: Any) -> DecoderLM:
     return model
 
 
-def overwriting(batch: int, generator: torch.Generator, keys: int = 4, writes: int = 12) -> Task:
+def overwriting(batch: int, generator: torch.Generator, keys: int = 4, writes: int = 8) -> Task:
     """``k v k v … ␟ k v k v``: few keys, bound again and again; the last value of each is the answer. Keys come in whole rounds."""
     rounds = writes // keys
     order = torch.rand(batch, rounds + 1, keys, generator=generator).argsort(-1)
@@ -129,7 +130,7 @@ SHORT, LONG, WARM = 256, 4096, 40
 
 def memory_norms(decay: bool, seed: int, steps: int) -> dict[int, float]:
     """Norm of the memory after SHORT and LONG tokens, trained at SHORT to predict a stream of pairs."""
-    model = model_of(key_values_vocabulary(KEYS, VALUES), seed, decay=decay)
+    model = model_of(key_values_vocabulary(KEYS, VALUES), seed, decay=decay, chunk=16)
 
     def stream(length: int, g: torch.Generator, batch: int) -> Tensor:
         parts = [recall(batch, g).ids for _ in range(length // (4 * PAIRS) + 1)]
@@ -168,6 +169,7 @@ def measure_time(repeats: int = 5, steps: int = 0, seed: int = 0, out: Path | No
         "norm_long_over_short": {n: round(v, 4) for n, v in growth.items()},
         "norms": {n: {str(k): round(x, 4) for k, x in v.items()} for n, v in norms.items()},
         "training_steps": steps,
+        "chunk": 16,
         "repeats": repeats,
         "ours": f"time per token × {ratio:.2f} from {SHORT} to {LONG} tokens; norm × {growth['learned']:.2f} with forgetting, × {growth['none']:.2f} without",
     }
