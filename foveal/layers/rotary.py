@@ -25,3 +25,14 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (t.to(x.dtype) for t in turn)
     a, b = x[..., ::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def rotate_halves(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel ``i`` with channel ``i + R/2`` among the first R of ``(B, H, N, D)``: the order of Hugging Face weights.
+
+    R is twice the width of ``turn``; channels from R on stay.
+    """
+    cos, sin = (t.to(x.dtype) for t in turn)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from ..core.errors import ConfigError, ShapeError, UnsupportedError
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from ..layers.rotary import rotary, rotate
-from ..patterns import Pattern
 from ..policies.policy import Policy
 
 
@@ -107,34 +107,75 @@ class SelfAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1))
         turn = rotary(run.positions, self.head_dim, self.rope_base)
         q, k = rotate(q, turn), rotate(k, turn)
-        offset, states = 0, run.states
-        if run.memory is not None:
-            offset, states = run.base.shift, run.memory.states
-            if self.layer_index in run.memory.keys:
-                k = torch.cat([run.memory.keys[self.layer_index], k], 2)
-                v = torch.cat([run.memory.values[self.layer_index], v], 2)
-            run.memory.keys[self.layer_index], run.memory.values[self.layer_index] = k, v
-        ctx = SelectContext(
-            base=run.base, layer_index=self.layer_index, layer_name=f"layers.{self.layer_index}", num_layers=run.num_layers,
-            q_offset=offset, hidden_states=x, grid=run.grid, step=run.step, earlier=run.selections,
-        )  # fmt: skip
-        pattern = self._pattern(run, ctx)
-        with torch.no_grad():
-            layout, state = pattern.select(q.detach(), k.detach(), ctx, states.get(self.layer_index))
-        states[self.layer_index] = state
-        run.selections[self.layer_index] = Selection(layout, state)
-        if run.measuring:
-            run.densities[self.layer_index] = measure(layout, run.base, x.shape[0], self.num_heads, self.num_kv_heads)
-        out, _ = compute(AttentionCall(q, k, v, layout, run.base, self.head_dim**-0.5, return_lse=False), run.impl)
+        out = attend(run, self.layer_index, x, q, k, v)
         return self.out(out.transpose(1, 2).flatten(2))
 
-    def _pattern(self, run: Pass, ctx: SelectContext) -> Pattern:
-        rule = run.policy.rule(self.layer_index)
-        if rule.heads:
-            raise UnsupportedError(
-                f"the policy has rules for single heads in layer {self.layer_index}; foveal's own backbones take one rule a layer."
-            )
-        return rule.pattern(ctx.decoding)
+
+def attend(run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one layer under the pass's policy and memory: ``(B, H, N, D)``.
+
+    Args:
+        x: ``(B, N, dim)`` what entered the layer. q: ``(B, H, N, D)``; k, v: ``(B, Hkv, N, D)`` of the new tokens.
+    """
+    offset, states = 0, run.states
+    if run.memory is not None:
+        offset, states = run.base.shift, run.memory.states
+        if layer_index in run.memory.keys:
+            k = torch.cat([run.memory.keys[layer_index], k], 2)
+            v = torch.cat([run.memory.values[layer_index], v], 2)
+        run.memory.keys[layer_index], run.memory.values[layer_index] = k, v
+    ctx = SelectContext(
+        base=run.base, layer_index=layer_index, layer_name=f"layers.{layer_index}", num_layers=run.num_layers,
+        q_offset=offset, hidden_states=x, grid=run.grid, step=run.step, earlier=run.selections,
+    )  # fmt: skip
+    rule = run.policy.rule(layer_index)
+    if rule.heads:
+        raise UnsupportedError(
+            f"the policy has rules for single heads in layer {layer_index}; foveal's own backbones take one rule a layer."
+        )
+    with torch.no_grad():
+        layout, state = rule.pattern(ctx.decoding).select(q.detach(), k.detach(), ctx, states.get(layer_index))
+    states[layer_index] = state
+    run.selections[layer_index] = Selection(layout, state)
+    if run.measuring:
+        run.densities[layer_index] = measure(layout, run.base, x.shape[0], q.shape[1], k.shape[1])
+    call = AttentionCall(q, k, v, layout, run.base, q.shape[-1] ** -0.5, return_lse=False)
+    return compute(call, run.impl)[0]
+
+
+class Hosted(nn.Module):
+    """A layer of ``foveal.layers`` as the attention of a backbone: the pass brings its positions, policy and memory.
+
+    Args:
+        layer: called as ``layer(x, positions=…, attend=…)``, such as ``GatedAttention``. layer_index: where in the backbone.
+    """
+
+    def __init__(self, layer: nn.Module, layer_index: int) -> None:
+        super().__init__()
+        self.layer, self.layer_index = layer, layer_index
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """``(B, N, dim)`` in and out."""
+        return self.layer(x, positions=run.positions[:, 0], attend=partial(attend, run, self.layer_index, x))
+
+
+class Recurrent(nn.Module):
+    """A layer that carries a state of its own as the attention of a causal backbone; the pass's memory keeps the state.
+
+    Args:
+        layer: called as ``layer(x, state) → (out, state)``, such as ``layers.titans.LMM``. layer_index: where in the backbone.
+    """
+
+    def __init__(self, layer: nn.Module, layer_index: int) -> None:
+        super().__init__()
+        self.layer, self.layer_index = layer, layer_index
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """``(B, N, dim)`` in and out."""
+        out, state = self.layer(x, None if run.memory is None else run.memory.states.get(self.layer_index))
+        if run.memory is not None:
+            run.memory.states[self.layer_index] = state
+        return out
 
 
 class Mlp(nn.Module):
@@ -176,7 +217,9 @@ def initialise(model: nn.Module, depth: int, seed: int) -> None:
         for name, p in model.named_parameters():
             if p.dim() >= 2:
                 std = p.shape[1] ** -0.5 if "embed" not in name else 0.02
-                if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                if name.endswith(
+                    ("attention.out.weight", "layer.o_proj.weight", "layer.out.weight", "mlp.down.weight")
+                ):
                     std /= (2 * depth) ** 0.5
                 p.copy_(torch.randn(p.shape, generator=g) * std)
             elif name.endswith("bias"):
