@@ -1,9 +1,23 @@
 """Small shared backbones, each taking its attention from a factory, so that a paper's experiment is a configuration."""
 
+from .basenet import BaseNet
 from .blocks import AttentionFactory, Memory, Pass, SelfAttention
 from .decoder_lm import DecoderLM
 from .diffusion_lm import DiffusionLM
 from .dit import DiT
+from .resnet import MobileNetV2, ResNet
 from .vit import ViT
 
-__all__ = ["AttentionFactory", "DecoderLM", "DiT", "DiffusionLM", "Memory", "Pass", "SelfAttention", "ViT"]
+__all__ = [
+    "AttentionFactory",
+    "BaseNet",
+    "DecoderLM",
+    "DiT",
+    "DiffusionLM",
+    "Memory",
+    "MobileNetV2",
+    "Pass",
+    "ResNet",
+    "SelfAttention",
+    "ViT",
+]

@@ -113,9 +113,7 @@ def insert_channel_attention(
     plan: list[tuple[nn.Module, nn.Module, str, bool, Inserted]] = []
     for name, block, norm in found:
         slot, inner = _slot(block)
-        if any(isinstance(m, ChannelAttention) for m in block.children()) or (
-            inner and getattr(block, "se") is not None
-        ):  # noqa: B009
+        if any(isinstance(m, ChannelAttention) for m in block.children()) or (inner and block.se is not None):
             raise ModelError(
                 f"block {name!r} has channel attention already. Call remove_channel_attention(model) first."
             )
