@@ -4,8 +4,9 @@ Temporal convolution, spatial convolution over electrodes, pooling; projection t
 pooling; one linear layer. No biases but the last, no max-norm constraints. Module names are those of braindecode's
 ``AttentionBaseNet``, so weights can be exchanged.
 
-In eval mode the stem runs in another order, which is exact: the normalisation between the two convolutions is affine then, so
-electrodes may be summed first and filtered afterwards, F sums instead of F·E filters.
+The stem runs in another order than it is written, which is exact: the normalisation between the two convolutions is affine, so
+electrodes may be summed first and filtered afterwards, F sums instead of F·E filters. In training, mean and variance of the filtered
+electrodes follow from the first two moments of the windows that the filters see.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Stem(nn.Module):
         self, n_chans: int, filters: int, length: int, expansion: int, pool: int, stride: int, drop: float
     ) -> None:
         super().__init__()
+        self.fast = True
         self.temporal_conv = nn.Conv2d(1, filters, (1, length), padding=(0, length // 2), bias=False)
         self.intermediate_bn = nn.BatchNorm2d(filters)
         self.spatial_conv = nn.Conv2d(filters, filters * expansion, (n_chans, 1), groups=filters, bias=False)
@@ -67,11 +69,12 @@ class Stem(nn.Module):
         return self.spatial_conv(self.intermediate_bn(self.temporal_conv(x[:, None])))
 
     def reordered(self, x: Tensor) -> Tensor:
-        """The same with the statistics of eval mode: sum electrodes, then filter; b·Σ_e w_e is added at every time."""
+        """The same: sum electrodes, then filter; the normalisation's shift becomes b·Σ_e w_e, added at every time."""
         norm, length = self.intermediate_bn, self.temporal_conv.kernel_size[1]
-        assert norm.running_var is not None and norm.running_mean is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
+        mean, variance = self._statistics(x) if self.training else (norm.running_mean, norm.running_var)
+        assert mean is not None and variance is not None
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        shift = norm.bias - mean * scale
         per = self.spatial_conv.out_channels // self.spatial_conv.groups
         electrodes = self.spatial_conv.weight[:, 0, :, 0]  # (F·m, E)
         taps = (self.temporal_conv.weight[:, 0] * scale[:, None, None]).repeat_interleave(per, 0)  # (F·m, 1, length)
@@ -79,8 +82,26 @@ class Stem(nn.Module):
         summed = electrodes @ x
         return nn.functional.conv1d(summed, taps, constant, padding=length // 2, groups=len(taps))[:, :, None]
 
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``(F,)`` of the filtered electrodes over the batch; the running ones move as they would."""
+        norm, taps = self.intermediate_bn, self.temporal_conv.weight[:, 0, 0]  # (F, length)
+        length = taps.shape[1]
+        seen = nn.functional.pad(x, (length // 2, length // 2)).unfold(-1, length, 1).reshape(-1, length)
+        centre = seen.mean(0)
+        away = seen - centre
+        covariance = away.mT @ away / len(seen)
+        mean, variance = taps @ centre, ((taps @ covariance) * taps).sum(1)
+        if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+            with torch.no_grad():
+                norm.num_batches_tracked += 1
+                momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+                unbiased = variance * (len(seen) / max(1, len(seen) - 1))
+                norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+        return mean, variance
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.convolve(x) if self.training else self.reordered(x)
+        out = self.reordered(x) if self.fast else self.convolve(x)
         return self.dropout(self.pool(self.nonlinearity(self.bn(out))))
 
 
@@ -114,6 +135,7 @@ class BaseNet(nn.Module):
         n_temporal_filters, temp_filter_length_inp, spatial_expansion, pool_length_inp, pool_stride_inp: of the stem.
         ch_dim: C. temp_filter_length, pool_length, pool_stride: after it. drop_prob: of both dropouts.
         shrink: windows that are too short for these sizes get smaller ones, in proportion, instead of an error.
+        fast_stem: compute the stem in the order that is faster; False computes it as written.
         options: of the mechanism; ``seq_len`` is filled in where it takes one and needs it.
 
     Raises:
@@ -138,6 +160,7 @@ class BaseNet(nn.Module):
         pool_stride: int = 8,
         drop_prob: float = 0.5,
         shrink: bool = False,
+        fast_stem: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -155,6 +178,7 @@ class BaseNet(nn.Module):
         self.lengths = _lengths(n_times, first, pool1, stride1, second, pool2, stride2)
         maps = n_temporal_filters * spatial_expansion
         self.input_block = Stem(n_chans, n_temporal_filters, first, spatial_expansion, pool1, stride1, drop_prob)
+        self.input_block.fast = fast_stem
         self.channel_expansion = nn.Sequential(nn.Conv2d(maps, ch_dim, 1, bias=False), nn.BatchNorm2d(ch_dim), nn.ELU())
         gate = _gate(attention, ch_dim, self.lengths[0], options)
         self.channel_attention_block = AttentionBlock(ch_dim, second, pool2, stride2, drop_prob, gate)

@@ -87,14 +87,22 @@ def test_identity_9_the_reordered_stem_is_exact(expansion):
     assert bool((stem.convolve(x) - stem.convolve(x * 0)).abs().max() > 1), "the input matters"
 
 
-def test_eval_mode_uses_it_and_training_does_not():
-    model = busy(BaseNet(6, 256, 2, drop_prob=0.0))
-    called = []
-    stem = model.input_block
-    stem.reordered = lambda x: called.append("reordered") or type(stem).reordered(stem, x)  # type: ignore[method-assign]
-    model(windows())
-    model.train()(windows())
-    assert called == ["reordered"]
+@pytest.mark.parametrize("length", [25, 10])
+def test_the_reordered_stem_trains_like_the_written_one(length):
+    """Output, gradients and running statistics, over two steps; an even kernel makes windows longer by one."""
+    fast = BaseNet(6, 256, 2, "eca", kernel_size=3, drop_prob=0.0, temp_filter_length_inp=length).double().train()
+    busy(fast).train()
+    slow = copy.deepcopy(fast)
+    slow.input_block.fast = False
+    for seed in (0, 1):
+        outs = [model(windows(seed=seed) + 0.5) for model in (fast, slow)]
+        torch.testing.assert_close(*outs, atol=1e-8, rtol=1e-8)
+        for out in outs:
+            out.square().sum().backward()
+    for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-7, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_gradients_reach_everything_in_both_orders():
