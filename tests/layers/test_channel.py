@@ -16,7 +16,7 @@ from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
 from foveal.layers.channel import ChannelAttention, build_channel_attention, channel_attention_names
 from foveal.layers.channel.build import options_of
 from foveal.layers.channel.cat import Blur, entropy, to_unit
-from foveal.layers.channel.eca import adaptive_kernel
+from foveal.layers.channel.eca import SMALL, adaptive_kernel
 from foveal.layers.channel.fca import cosine
 
 C, T = 8, 12
@@ -276,6 +276,21 @@ def test_eca_identity_1_is_a_full_matrix_with_a_band(case):
         with torch.no_grad():
             own.weight.copy_(module.conv.weight[0].expand(C, -1))
         torch.testing.assert_close(own(x), module(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [2, 400])
+@pytest.mark.parametrize("circular", [False, True])
+def test_eca_is_a_convolution_at_every_size(batch, circular):
+    """Both ways to compute it, below and above the size where they change, with gradients."""
+    module = made("eca", channels=64, kernel_size=5, circular=circular)
+    assert (batch * 68 > SMALL) == (batch == 400)
+    x = data(batch, 64, 3).requires_grad_()
+    u = module.conv(nn.functional.pad(x.mean(-1)[:, None], (2, 2), mode="circular" if circular else "constant"))[:, 0]
+    weight = data(batch, 64)
+    expected = torch.autograd.grad((u.sigmoid() * weight).sum(), (x, module.conv.weight))
+    got = torch.autograd.grad((module.gate(x)[..., 0] * weight).sum(), (x, module.conv.weight))
+    torch.testing.assert_close(module.gate(x)[..., 0], u.sigmoid())
+    torch.testing.assert_close(got, expected)
 
 
 def test_eca_identity_2_one_tap_sees_one_channel():
