@@ -89,3 +89,53 @@ def recording(name: str, split: str = "TRAIN") -> tuple[Tensor, Tensor]:
         raise DataError(f"{path} could not be read as a recording: {error}.") from error
     names = sorted({row[-1] for row in rows})
     return torch.from_numpy(values).float(), torch.tensor([names.index(row[-1]) for row in rows])
+
+
+def planted_slot(
+    trials: int, *, windows: int = 6, electrodes: int = 8, samples: int = 64, slot: tuple[int, int] = (24, 36), offset: float = 0.0,
+    burst: float = 2.5, seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Trials of windows whose class is a relation between two electrodes, shown for a short time.
+
+    In ``slot`` a fast burst (a quarter cycle per sample, smooth edges, random phase) appears on electrodes 2 and 5 together (label
+    1) or on one of them, drawn anew for every window (label 0). Slow bursts of the same strength appear at random times and
+    electrodes outside the slot and mean nothing. All windows of a trial share the label and, with ``offset``, one random constant
+    per electrode.
+
+    Args:
+        trials: n. windows: per trial. electrodes, samples: E (at least 6) and T. slot: first sample, end. offset: deviation of the
+            constants. burst: amplitude over white noise of 1. seed: of all.
+
+    Returns:
+        ``(n·windows, E, T)`` float32, labels, and the trial of every window.
+
+    Raises:
+        ConfigError: sizes or a slot that do not fit.
+    """
+    begin, end = slot
+    if min(trials, windows) < 1 or electrodes < 6 or not 0 <= begin < end <= samples or 2 * (end - begin) > samples:
+        raise ConfigError(
+            f"planted_slot has trials={trials}, windows={windows}, electrodes={electrodes}, samples={samples}, slot={slot}; expected at least one "
+            "trial and window, 6 electrodes, and a slot inside the samples that is at most half of them."
+        )
+    g = torch.Generator().manual_seed(seed)
+    n, width = trials * windows, end - begin
+    trial = torch.arange(trials).repeat_interleave(windows)
+    label = torch.randint(0, 2, (trials,), generator=g)[trial]
+    shape = burst * torch.hann_window(width + 2, periodic=False)[1:-1]
+    time = torch.arange(width)
+    slow = shape * torch.cos(math.pi / 8 * time)
+    x = torch.randn(n, electrodes, samples, generator=g)
+    alone = torch.randint(0, 2, (n,), generator=g)
+    for place, electrode in enumerate((2, 5)):
+        phase = 2 * math.pi * torch.rand(n, 1, generator=g)
+        shown = (label == 1) | (alone == place)
+        x[:, electrode, begin:end] += shown[:, None] * shape * torch.cos(math.pi / 2 * time + phase)
+    outside = [t for t in range(samples - width + 1) if t + width <= begin or t >= end]
+    for i in range(n):
+        for _ in range(2):
+            at = outside[int(torch.randint(0, len(outside), (1,), generator=g))]
+            where = int(torch.randint(0, electrodes, (1,), generator=g))
+            x[i, where, at : at + width] += (2.0 * int(torch.randint(0, 2, (1,), generator=g)) - 1) * slow
+    x += offset * torch.randn(trials, electrodes, 1, generator=g)[trial]
+    return x, label, trial

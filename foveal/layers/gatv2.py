@@ -142,7 +142,7 @@ class GATv2(nn.Module):
         scores = (inner * self.att).sum(-1).permute(0, 3, 1, 2)  # (B, heads, targets, sources)
         hidden = ~(seen[:, None] if seen.dim() == 3 else seen)
         alone = hidden.all(-1, keepdim=True)
-        share = torch.softmax(scores.float().masked_fill(hidden & ~alone, -torch.inf).to(scores.dtype), -1)
+        share = torch.softmax(scores.masked_fill(hidden & ~alone, -torch.inf), -1)
         share = share.masked_fill(alone, 0)
         dropped = nn.functional.dropout(share, self.dropout, self.training)
         out = torch.einsum("bhij,bjhd->bihd", dropped.to(values.dtype), values)

@@ -56,7 +56,7 @@ class TemporalAttention(nn.Module):
         q, k = self.query(x).mT, self.key(x)
         curve: Tensor | None = None
         for rows in q.split(self.chunk, 1):
-            part = torch.softmax((rows @ k * self.channels**-0.5).float().to(rows.dtype), -1).sum(1)
+            part = torch.softmax(rows @ k * self.channels**-0.5, -1).sum(1)
             curve = part if curve is None else curve + part
         assert curve is not None
         curve = curve / x.shape[-1]
