@@ -1,5 +1,6 @@
 """Small shared backbones, each taking its attention from a factory, so that a paper's experiment is a configuration."""
 
+from .affordance import EEGtGAT
 from .basenet import BaseNet
 from .blocks import AttentionFactory, Memory, Pass, SelfAttention
 from .decoder_lm import DecoderLM
@@ -14,6 +15,7 @@ __all__ = [
     "DecoderLM",
     "DiT",
     "DiffusionLM",
+    "EEGtGAT",
     "Memory",
     "MobileNetV2",
     "Pass",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveal.core.errors import ConfigError, DataError
-from foveal.data.eeg import lateralised, recording
+from foveal.data.eeg import lateralised, planted_slot, recording
 
 
 def power(x: torch.Tensor, rate: float, low: float, high: float) -> torch.Tensor:
@@ -51,3 +51,25 @@ def test_bad_input_is_named(monkeypatch):
 def test_packaged_recordings():
     x, y = recording("EyesOpenShut")
     assert x.shape == (56, 14, 128) and sorted(y.unique().tolist()) == [0, 1] and bool(x.isfinite().all())
+
+
+def test_the_planted_class_is_a_relation_of_two_electrodes_in_the_slot():
+    x, y, trial = planted_slot(300, slot=(24, 36), burst=6.0, seed=2)
+    assert x.shape == (1800, 8, 64) and bool((trial.unique(return_counts=True)[1] == 6).all())
+    assert all(len(y[trial == t].unique()) == 1 for t in range(20))
+    fast = power(x[..., 24:36], 4, 0.7, 1.3)[:, [2, 5]] > 150
+    assert float((fast.sum(1) == 1 + y).double().mean()) > 0.95
+    alone = fast[y == 0].double().mean(0)
+    assert bool(((alone - 0.5).abs() < 0.06).all()), "either electrode, equally often"
+    outside = power(x[..., :20], 4, 0.9, 1.1)
+    assert abs(float(outside[y == 0].mean() / outside[y == 1].mean()) - 1) < 0.1
+
+
+def test_offsets_belong_to_trials():
+    x, _, trial = planted_slot(40, offset=10.0)
+    level = x.mean(-1)
+    within = torch.stack([level[trial == t].std(0) for t in range(40)]).mean()
+    between = torch.stack([level[trial == t].mean(0) for t in range(40)]).std(0).mean()
+    assert float(between) > 10 * float(within)
+    with pytest.raises(ConfigError, match="at most half"):
+        planted_slot(4, slot=(0, 40))
