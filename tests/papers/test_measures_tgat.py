@@ -47,4 +47,3 @@ def test_uniform_attention_has_a_mass_of_one():
         torch.nn.init.zeros_(part.weight)
     x, _, _ = eeg_tgat.planted_slot(3, slot=eeg_tgat.SLOT, samples=eeg_tgat.SAMPLES)
     assert eeg_tgat.slot_mass(model, x) == pytest.approx(1.0, abs=1e-5)
-
