@@ -203,6 +203,13 @@ def test_gates_of_one_run():
     assert {k: tuple(v.shape) for k, v in gates.items()} == {
         "layer1.0.se": (2, 32, 1, 1), "layer1.1.se": (2, 32, 1, 1), "layer2.0.se": (2, 64, 1, 1)
     }  # fmt: skip
+    model.train()
+    model.layer1.eval()
+    before = copy.deepcopy(model.state_dict())
+    again = channel_gates(model, pictures())
+    assert model.training and not model.layer1.training and model.layer2.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(again[k], gates[k]) for k in gates)
     assert all(float(v.min()) > 0 and float(v.max()) < 1 for v in gates.values())
     assert not any(m._forward_hooks for m in model.modules() if isinstance(m, ChannelAttention))
 

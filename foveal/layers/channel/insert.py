@@ -115,7 +115,7 @@ def insert_channel_attention(
         slot, inner = _slot(block)
         if any(isinstance(m, ChannelAttention) for m in block.children()) or (inner and block.se is not None):
             raise ModelError(
-                f"block {name!r} has channel attention already. Call remove_channel_attention(model) first."
+                f"block {name!r} has channel attention already. Take it out first; remove_channel_attention(model) does so for foveal's."
             )
         stage = name.rpartition(".")[0]
         own = {k: v[stages.index(stage)] if isinstance(v, list) else v for k, v in options.items()}
@@ -159,7 +159,10 @@ def remove_channel_attention(model: nn.Module) -> int:
 
 @torch.no_grad()
 def channel_gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """The gates of all channel attention while the model runs once on the given arguments: module name → ``(B, C, …)``."""
+    """The gates of all channel attention while the model runs once on the given arguments: module name → ``(B, C, …)``.
+
+    The model runs in eval mode and gets its modes back.
+    """
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -168,10 +171,14 @@ def channel_gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tens
 
         return hook
 
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
     handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, ChannelAttention)]
     try:
         model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
     return found
