@@ -62,9 +62,9 @@ class _Mixed(ChannelAttention):
     def channel_gate(self, x: Tensor, highest: Tensor) -> Tensor:
         """``(B, C)`` from ``x`` and the maxima ``(B, C)`` of its blurred form."""
         disorder = to_unit(entropy(x.flatten(2), -1)[..., 0], 1).to(x.dtype)
-        return (
-            self.c_alpha * self.mlp(mean(x)) + self.c_beta * self.mlp(highest) + self.c_gamma * self.mlp(disorder)
-        ).sigmoid()
+        parts = self.mlp(torch.stack([mean(x), highest, disorder]))  # (3, B, C)
+        shares = torch.cat([self.c_alpha, self.c_beta, self.c_gamma])
+        return (shares[:, None, None] * parts).sum(0).sigmoid()
 
 
 @register("channel", "catlite")

@@ -158,7 +158,7 @@ def measure_synthetic(
 
 
 def measure_gates(
-    repeats: int = 40, seeds: int = SEEDS, epochs: int = GAIN_EPOCHS, seed: int = 0, out: Path | None = None
+    repeats: int = 100, seeds: int = SEEDS, epochs: int = GAIN_EPOCHS, seed: int = 0, out: Path | None = None
 ) -> dict[str, Any]:
     """Claim ``small-latency``: a trial of 22×1000 through BaseNet with and without each gate; the gates' gains on synthetic EEG."""
     x = torch.randn(1, 22, 1000, generator=torch.Generator().manual_seed(seed))
@@ -168,11 +168,9 @@ def measure_gates(
         for order, fast in (("written", False), ("reordered", True)):
             jobs = {str(g): partial(net(g, 22, 1000, 4, seed, fast_stem=fast).eval(), x) for g in names}
             turns = interleaved(jobs, repeats, warmup=3)
-            base = turns["None"]
-            ratios[order] = {
-                g: round(statistics.median(a / b for a, b in zip(turns[g], base, strict=True)), 3) for g in GATES
-            }
-            ratios[order]["milliseconds without a gate"] = round(1e3 * statistics.median(base), 3)
+            best = {g: min(seconds) for g, seconds in turns.items()}  # a turn that was interrupted says nothing
+            ratios[order] = {g: round(best[g] / best["None"], 3) for g in GATES}
+            ratios[order]["milliseconds without a gate"] = round(1e3 * best["None"], 3)
     scores: dict[str, list[float]] = {str(g): [] for g in names} if seeds else {}
     for s in range(seed, seed + seeds):
         data = _synthetic(s)
@@ -189,7 +187,7 @@ def measure_gates(
     worst = max(v for k, v in ratios["written"].items() if k in GATES)
     numbers = {
         "ours": f"slowest gate {worst:.2f} × BaseNet as written, {max(v for k, v in ratios['reordered'].items() if k in GATES):.2f} × with the reordered stem",
-        "latency_ratio": ratios,
+        "latency_ratio_of_the_fastest_turns": ratios,
         "gain_and_95_percent_half_width": gains,
         "accuracy": {k: [round(a, 4) for a in v] for k, v in scores.items()},
         "epochs": epochs,
