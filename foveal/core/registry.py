@@ -16,7 +16,7 @@ from .errors import ConfigError, nearest
 C = TypeVar("C")
 
 _tables: dict[str, dict[str, Any]] = {}
-_packages = {"pattern": "foveal.patterns", "operator": "foveal.patterns"}
+_packages = {"pattern": "foveal.patterns", "operator": "foveal.patterns", "channel": "foveal.layers.channel"}
 _searched: set[str] = set()
 
 
