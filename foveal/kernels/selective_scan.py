@@ -112,8 +112,8 @@ class _Plan:
         self.steps = -(-length // self.chunks)
         lanes = max(1, _tile(x.device) // max(A.numel(), 1))
         self.rows = max(1, min(batch, lanes))
-        ahead = lanes // self.rows
-        self.ahead = min(ahead, self.chunks) if ahead >= 3 else 1  # two passes over few lanes cost more than they save
+        ahead = min(lanes // self.rows, self.chunks)
+        self.ahead = ahead if ahead >= 3 else 1  # two passes over few lanes cost more than they save
         self.length = length
 
     def blocks(self, batch: int) -> list[tuple[slice, list[slice]]]:
@@ -121,9 +121,9 @@ class _Plan:
         runs = [slice(k, min(k + self.ahead, self.chunks)) for k in range(0, self.chunks, self.ahead)]
         return [(slice(r, min(r + self.rows, batch)), runs) for r in range(0, batch, self.rows)]
 
-    def buffer(self, a: Tensor, extra: int = 0) -> Tensor:
-        """Room for the states of all steps of one block; taken once, because fresh memory costs more than the arithmetic."""
-        return a.new_empty((self.steps + extra) * self.rows * self.ahead * a.numel())
+    def buffer(self, a: Tensor, steps: int) -> Tensor:
+        """Room for the states of so many steps of one block; taken once, because fresh memory costs more than arithmetic."""
+        return a.new_empty(steps * self.rows * self.ahead * a.numel())
 
     def cut(self, t: Tensor) -> Tensor:
         """``(B, L, W)`` → ``(chunks, steps, B, W)``, padded with zeros, which change no state."""
@@ -172,14 +172,15 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor)
     y = torch.empty_like(cut[0], memory_format=torch.contiguous_format)
     starts = x.new_empty(plan.chunks, x.shape[0], *a.shape)
     last = state.mT.contiguous().clone()
-    buffer = plan.buffer(a)
+    buffer = plan.buffer(a, plan.steps if plan.ahead > 1 else 1)
     for rows, runs in plan.blocks(x.shape[0]):
         h = last[rows]
         for run in runs:
             step, u, b, c = (_lanes(t, rows, run) for t in cut)
-            decay, u, b, c = _decays(step, a, buffer), u[:, :, None], b[..., None], c[:, :, None]
+            u, b, c = u[:, :, None], b[..., None], c[:, :, None]
             entering = h[None]
             if plan.ahead > 1:
+                decay = _decays(step, a, buffer)
                 local = torch.zeros_like(decay[0])
                 for t in range(plan.steps):
                     local.mul_(decay[t]).addcmul_(b[t], u[t])
@@ -190,7 +191,8 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor)
             now = entering.flatten(0, 1).clone()
             out = torch.empty_like(u)
             for t in range(plan.steps):
-                now.mul_(decay[t]).addcmul_(b[t], u[t])
+                one = decay[t] if plan.ahead > 1 else _decays(step[t : t + 1], a, buffer)[0]
+                now.mul_(one).addcmul_(b[t], u[t])
                 torch.bmm(c[t], now, out=out[t])
             h = now if plan.ahead == 1 else h
             _put(y, rows, run, out[:, :, 0])
@@ -208,7 +210,7 @@ def _scan_backward(
     du, dstep, db, dc = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in cut[:4])
     da = torch.zeros_like(a)
     dstate = dlast.mT.contiguous().clone()
-    buffers = [plan.buffer(a, extra) for extra in (0, 1, 0)]
+    buffers = [plan.buffer(a, plan.steps + extra) for extra in (0, 1, 0)]
     for rows, runs in plan.blocks(x.shape[0]):
         carry = dstate[rows]
         for run in reversed(runs):
