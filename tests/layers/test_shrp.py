@@ -181,9 +181,9 @@ def test_round_trips_autocast_and_compile():
     nn.init.normal_(twin.q.weight)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(x), expected) and torch.equal(copy.deepcopy(model)(x), expected)
-    compiled = torch.compile(model.pruned(1), backend="aot_eager")
+    compiled = torch.compile(model.pruned(1), backend="eager")
     torch.testing.assert_close(compiled(x), model.pruned(1)(x))
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.route(x).probabilities.dtype == torch.float32, "top-1 in half precision may flip"
         torch.testing.assert_close(model(x).float(), expected, atol=0.1, rtol=0.1)
