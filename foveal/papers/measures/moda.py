@@ -21,7 +21,7 @@ from ...layers.moda_align import DuplexAlignment
 from .results import write_result
 
 LENGTHS, HEADS, DIM = (256, 1024, 4096), 8, 64
-STEEPEST = -0.6
+STEEPEST = -0.75
 """Growth exponent of aligner over attention that counts as falling about as 1/N."""
 
 
