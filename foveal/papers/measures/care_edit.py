@@ -20,7 +20,7 @@ from .results import write_result
 SIDE, PATCH, DIM = 24, 2, 32
 GRID = SIDE // PATCH
 STEPS, BATCH, PASSES, HELD_OUT, SEEDS = 300, 32, 2, 256, 2
-RATE = 2e-3
+RATE = 1e-3
 LEAST_IOU, LEAST_GAIN = 0.95, 0.1
 
 
@@ -46,7 +46,9 @@ def scenes(count: int, seed: int, shaped: bool) -> tuple[Tensor, Tensor, Tensor]
             inside = distance <= (size[:, :1, None] / 2) ** 2
         else:
             vertical = (rows >= top[:, None]) & (rows < (top + size[:, 0])[:, None])
-            inside = vertical[:, :, None] & ((rows >= column[:, None]) & (rows < (column + size[:, 1])[:, None]))[:, None]
+            inside = (
+                vertical[:, :, None] & ((rows >= column[:, None]) & (rows < (column + size[:, 1])[:, None]))[:, None]
+            )
         colour = 0.4 + 0.6 * torch.rand(count, 3, 1, 1, generator=g)
         image = torch.where(inside[:, None], colour, image)
         masks.append(inside)
@@ -84,9 +86,9 @@ def iou(mask: Tensor, true: Tensor) -> float:
 
 
 def edit_loss(image: Tensor, mask: Tensor, true: Tensor) -> Tensor:
-    """Squared error of painting the masked cells white, against painting the true ones: in the place of the diffusion loss."""
+    """Squared error of painting the masked cells black (−1), against painting the true ones: in the place of the diffusion loss."""
     wide = [F.interpolate(m, size=image.shape[-2:]) for m in (mask, true)]
-    painted, target = (m + (1 - m) * image for m in wide)
+    painted, target = ((1 - m) * image - m for m in wide)
     return F.mse_loss(painted, target)
 
 
