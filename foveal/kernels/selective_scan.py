@@ -50,7 +50,8 @@ def selective_scan(
     work = torch.promote_types(x.dtype, torch.float32)
     if state is None:
         state = x.new_zeros(x.shape[0], *A.shape, dtype=work)
-    y, last, _ = _scan(*(t.to(work) for t in (x, dt, A, B, C, state)))
+    with torch.autocast(x.device.type, enabled=False):
+        y, last, _ = _scan(*(t.to(work) for t in (x, dt, A, B, C, state)))
     return y.to(x.dtype), last
 
 
@@ -268,7 +269,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor 
     x, dt, A, B, C, starts = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dlast = x.new_zeros(x.shape[0], *A.shape) if dlast is None else dlast
-    return _scan_backward(dy, dlast, x, dt, A, B, C, starts)
+    with torch.autocast(x.device.type, enabled=False):
+        return _scan_backward(dy, dlast, x, dt, A, B, C, starts)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)

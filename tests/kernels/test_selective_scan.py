@@ -146,6 +146,16 @@ def test_half_precision_is_computed_in_float32():
     torch.testing.assert_close(y, expected, atol=1e-2, rtol=1e-2)
 
 
+def test_autocast_changes_nothing():
+    inputs = [t.requires_grad_() for t in problem(1, 100, 4, 4, dtype=torch.float32)]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, last = selective_scan(*inputs)
+            found.append([y, last, *torch.autograd.grad(y.sum() + last.sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_operator_keeps_torchs_contract():
     inputs = [t.requires_grad_() for t in problem(2, CHUNK + 1, 3, 2)]
     torch.library.opcheck(torch.ops.foveal.selective_scan.default, inputs)
