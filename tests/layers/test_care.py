@@ -157,8 +157,12 @@ def test_identity_7_sparse_dispatch_equals_dense(output, top_k, share):
     found = []
     for dispatch in ("dense", "sparse"):
         model = layer(output=output, top_k=top_k, share=share, dispatch=dispatch)
+        with torch.no_grad():
+            model.router.key.weight.mul_(30)  # so that tokens differ in what they choose
         h = r(B, N, DIM).requires_grad_()
         result = edit(model, h=h)
+        text = result.routing.chosen[..., EXPERTS.index("text")].sum(1)
+        assert int(text.min()) > 0 and int(text.max()) < N
         result.out.square().sum().backward()
         found.append([result.out, h.grad, *(p.grad for p in model.text.parameters())])
         if dispatch == "sparse" and output == "sum" and top_k == 1:
