@@ -274,6 +274,7 @@ def test_outer_norm_gives_up_the_start_from_nothing_and_round_trips_work():
     twin.load_state_dict(model.state_dict())
     expected = edit(model).out
     assert torch.equal(edit(twin).out, expected) and torch.equal(edit(copy.deepcopy(model)).out, expected)
+    assert torch.equal(edit(torch.compile(model, backend="eager")).out, expected)
     h = r(B, N, DIM).float()
     floats = Conditions(**{k: v.float() if isinstance(v, Tensor) else v for k, v in vars(conditions()).items()})
     task, time = torch.arange(B) % 4, torch.tensor([0.1, 0.5, 0.9])
