@@ -98,6 +98,14 @@ def test_patterns_dynamic(tmp_path: Path) -> None:
     assert data["memory"].keys() == rows.keys() - {"reuse", "sdpa causal", "sdpa full", "sdpa one token"}
 
 
+def test_selective_scan_speed(tmp_path: Path) -> None:
+    options = ("--scale", "0.1", "--repeats", "1", "--cases", "mambattention_frequency_row")
+    row = script("selective_scan_speed.py", tmp_path / "r.json", *options)["cases"]["mambattention_frequency_row"]
+    assert row["kept_megabytes"]["chunked"] < row["kept_megabytes"]["loop"]
+    assert max(row["largest_error"].values()) < 1e-4
+    assert row["forward"]["chunked"]["times_faster_than"].keys() == {"loop", "transformers"}
+
+
 def test_decode(tmp_path: Path) -> None:
     data = script("decode.py", tmp_path / "r.json", "--length", "128", "--keys", "16", "--repeats", "2")
     assert data["decode"].keys() == {"float32", "bfloat16"}
