@@ -4,6 +4,18 @@ from .blocks import AttentionFactory, Memory, Pass, SelfAttention
 from .decoder_lm import DecoderLM
 from .diffusion_lm import DiffusionLM
 from .dit import DiT
+from .shift import Shifted, shifted_factory
 from .vit import ViT
 
-__all__ = ["AttentionFactory", "DecoderLM", "DiT", "DiffusionLM", "Memory", "Pass", "SelfAttention", "ViT"]
+__all__ = [
+    "AttentionFactory",
+    "DecoderLM",
+    "DiT",
+    "DiffusionLM",
+    "Memory",
+    "Pass",
+    "SelfAttention",
+    "Shifted",
+    "ViT",
+    "shifted_factory",
+]

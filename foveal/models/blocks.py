@@ -16,6 +16,8 @@ from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from ..layers.rotary import rotary, rotate
 from ..patterns import Pattern
+from ..patterns.dense import Dense
+from ..patterns.operator import Operator, attend
 from ..policies.policy import Policy
 
 
@@ -26,11 +28,13 @@ class Memory:
     Attributes:
         keys, values: per layer ``(B, Hkv, n, D)``; empty before the first call.
         states: what each layer's pattern remembers.
+        last: per layer ``(B, 1, dim)``, the last token that a :class:`~foveal.models.shift.Shifted` layer was given.
     """
 
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
+    last: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -43,7 +47,7 @@ class Pass:
     """One forward pass of a backbone: what its attention layers share and leave behind.
 
     Attributes:
-        policy: which pattern in which layer.
+        policy: which pattern in which layer, or the operator that every layer runs instead.
         base: the model's own mask for these queries and keys.
         positions: ``(N, A)`` coordinates of the new tokens on A axes (1 for text, 2 for images, 3 for video).
         num_layers: of the backbone.
@@ -54,9 +58,10 @@ class Pass:
         measuring: count what is kept into ``densities``.
         densities: per layer, when ``measuring``.
         selections: what the layers chose in this pass.
+        turns: rotary tables, by head size and base, made once for all layers.
     """
 
-    policy: Policy
+    policy: Policy | Operator
     base: BaseMask
     positions: Tensor
     num_layers: int
@@ -68,6 +73,20 @@ class Pass:
     measuring: bool = False
     densities: dict[int, Density] = field(default_factory=dict)
     selections: dict[int, Selection] = field(default_factory=dict)
+    turns: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turn(self, head_dim: int, rope_base: float) -> tuple[Tensor, Tensor]:
+        """Rotary tables of this pass's positions, see :func:`foveal.layers.rotary.rotary`."""
+        if (head_dim, rope_base) not in self.turns:
+            self.turns[head_dim, rope_base] = rotary(self.positions, head_dim, rope_base)
+        return self.turns[head_dim, rope_base]
+
+
+def chosen(policy: Policy | Pattern | Operator | None) -> Policy | Operator:
+    """What a pass runs: dense attention for None, a uniform policy for a pattern, anything else as it is."""
+    if isinstance(policy, Operator):
+        return policy
+    return Policy.of(Dense() if policy is None else policy)
 
 
 AttentionFactory = Callable[[int], nn.Module]
@@ -105,7 +124,7 @@ class SelfAttention(nn.Module):
         """``(B, N, dim)`` in and out."""
         sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1))
-        turn = rotary(run.positions, self.head_dim, self.rope_base)
+        turn = run.turn(self.head_dim, self.rope_base)
         q, k = rotate(q, turn), rotate(k, turn)
         offset, states = 0, run.states
         if run.memory is not None:
@@ -118,18 +137,36 @@ class SelfAttention(nn.Module):
             base=run.base, layer_index=self.layer_index, layer_name=f"layers.{self.layer_index}", num_layers=run.num_layers,
             q_offset=offset, hidden_states=x, grid=run.grid, step=run.step, earlier=run.selections,
         )  # fmt: skip
-        pattern = self._pattern(run, ctx)
+        if isinstance(run.policy, Operator):
+            out = self._operate(run.policy, q, k, v, ctx, run, states)
+        else:
+            out = self._select(run.policy, q, k, v, ctx, run, states)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def _select(
+        self, policy: Policy, q: Tensor, k: Tensor, v: Tensor, ctx: SelectContext, run: Pass, states: dict[int, State]
+    ) -> Tensor:
+        pattern = self._pattern(policy, ctx)
         with torch.no_grad():
             layout, state = pattern.select(q.detach(), k.detach(), ctx, states.get(self.layer_index))
         states[self.layer_index] = state
         run.selections[self.layer_index] = Selection(layout, state)
         if run.measuring:
-            run.densities[self.layer_index] = measure(layout, run.base, x.shape[0], self.num_heads, self.num_kv_heads)
-        out, _ = compute(AttentionCall(q, k, v, layout, run.base, self.head_dim**-0.5, return_lse=False), run.impl)
-        return self.out(out.transpose(1, 2).flatten(2))
+            run.densities[self.layer_index] = measure(layout, run.base, q.shape[0], self.num_heads, self.num_kv_heads)
+        return compute(AttentionCall(q, k, v, layout, run.base, self.head_dim**-0.5, return_lse=False), run.impl)[0]
 
-    def _pattern(self, run: Pass, ctx: SelectContext) -> Pattern:
-        rule = run.policy.rule(self.layer_index)
+    def _operate(
+        self, operator: Operator, q: Tensor, k: Tensor, v: Tensor, ctx: SelectContext, run: Pass, states: dict[int, State]
+    ) -> Tensor:  # fmt: skip
+        if run.measuring:
+            raise UnsupportedError(
+                f"measuring counts the pairs that a pattern keeps, and {operator.registered_name} is an operator; measure its pattern."
+            )
+        out, _, states[self.layer_index] = attend(operator, q, k, v, ctx, states.get(self.layer_index), impl=run.impl)
+        return out
+
+    def _pattern(self, policy: Policy, ctx: SelectContext) -> Pattern:
+        rule = policy.rule(self.layer_index)
         if rule.heads:
             raise UnsupportedError(
                 f"the policy has rules for single heads in layer {self.layer_index}; foveal's own backbones take one rule a layer."
