@@ -34,13 +34,13 @@ class Stage:
 
 
 STAGES = (
-    Stage(220, 4, 33),
-    Stage(30, 8, 65),
-    Stage(30, 12, 129),
-    Stage(30, 18, 193),
-    Stage(30, 27, 257),
-    Stage(30, 40, 385),
-    Stage(60, PAIRS, LENGTH, 4096),
+    Stage(200, 4, 17),
+    Stage(30, 8, 49),
+    Stage(30, 12, 97),
+    Stage(30, 18, 145),
+    Stage(30, 27, 225),
+    Stage(30, 40, 345),
+    Stage(80, PAIRS, LENGTH, 3072),
 )
 
 
@@ -65,8 +65,10 @@ def diffusion_model(seed: int) -> DiffusionLM:
     model = DiffusionLM(key_values_vocabulary(), DIM, DEPTH, HEADS, attention=shifted_factory(DIM, HEADS), seed=seed)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        task = batch(stage_of(step, STAGES), generator)
-        share = torch.rand(task.ids.shape[0], 1, generator=generator)
+        stage = stage_of(step, STAGES)
+        task = batch(stage, generator)
+        least = 0.5 if stage.length < LENGTH else 0.0  # many masks at first: more to learn from
+        share = least + (1 - least) * torch.rand(task.ids.shape[0], 1, generator=generator)
         masked = (torch.rand(task.ids.shape, generator=generator) < share) & task.answer
         masked[0] |= task.answer[0]  # never a batch without a mask
         logits = model(torch.where(masked, model.mask, task.ids))

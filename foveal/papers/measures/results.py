@@ -17,7 +17,7 @@ from ..cards import CHECKOUT_RESULTS, VERDICTS, load_card
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """``mean`` and ``spread`` (standard deviation, 0 for one) over seeds."""
-    return {"mean": round(fmean(values), 4), "spread": round(stdev(values), 4) if len(values) > 1 else 0.0}
+    return {"mean": round(fmean(values), 5), "spread": round(stdev(values), 5) if len(values) > 1 else 0.0}
 
 
 def sign_test(differences: Sequence[float]) -> dict[str, Any]:
