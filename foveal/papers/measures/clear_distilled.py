@@ -24,7 +24,7 @@ from ...recipes.fit import fit
 from .results import summary, write_result
 
 SIDE, RADIUS, DIM, DEPTH, HEADS = 16, 4, 64, 6, 4
-TEACHER_STEPS, STEPS, BATCH, LR = 500, 120, 16, 2e-3
+TEACHER_STEPS, STEPS, BATCH, LR = 400, 100, 16, 2e-3
 STUDENT_LR = 5e-4
 PAINTED, FRESH = 256, 64
 SEEDS = 2

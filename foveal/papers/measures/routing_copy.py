@@ -23,12 +23,12 @@ from ...patterns.sliding_window import SlidingWindow
 from ...recipes.fit import fit
 from .results import summary, write_result
 
-DIM, DEPTH, HEADS, LOCAL_HEADS = 128, 2, 4, 2
+DIM, DEPTH, HEADS, LOCAL_HEADS = 64, 2, 4, 2
 LOCAL_BLOCK, CLUSTERS, WINDOW = 16, 4, 64
-CHAIN, KEYS, VALUES = 32, 32, 32
-STAGES = ((150, 56, 2, 40, 3072), (100, 128, 4, 64, 3072), (250, 256, 8, 96, 3072))
+CHAIN, KEYS, VALUES = 32, 16, 16
+STAGES = ((150, 56, 2, 40, 2240), (60, 128, 4, 64, 2560), (120, 256, 8, 96, 3072))
 """Curriculum: (steps, length, pairs, gap, tokens per batch)."""
-LR, ROWS, SEEDS = 2e-3, 64, 3
+LR, ROWS, SEEDS = 4e-3, 64, 3
 ALIKE = 0.01
 VOCABULARY = FIRST + CHAIN + KEYS + VALUES
 

@@ -26,7 +26,7 @@ from ...patterns.sparsed import SparseD
 from . import recall
 from .results import sign_test, summary, write_result
 
-SEEDS, ROWS = 5, 8
+SEEDS, ROWS = 3, 8
 STEPS, BLOCK, SINKS = 32, 16, 16
 LOST, AHEAD = 0.02, 0.10
 STABLE, APART = 0.7, 0.15
