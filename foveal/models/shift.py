@@ -31,7 +31,11 @@ class Shifted(nn.Module):
         if run.memory is not None:
             last = run.memory.last.get(self.layer_index, last)
             run.memory.last[self.layer_index] = x[:, -1:]
-        return self.attention(x + self.before * torch.cat([last, x[:, :-1]], 1), run)
+        before = torch.cat([last, x[:, :-1]], 1)
+        if run.base.valid is not None:  # padding precedes nothing
+            at = torch.arange(x.shape[1], device=x.device) + run.base.shift - 1
+            before = before * run.base.valid[:, at.clamp(min=0), None].to(x.dtype)
+        return self.attention(x + self.before * before, run)
 
 
 def shifted_factory(dim: int, num_heads: int, num_kv_heads: int | None = None) -> AttentionFactory:

@@ -18,7 +18,6 @@ from ...data.synthetic import FIRST, Mixed, distant_values, transitions
 from ...layers.routing import Routed, RoutingAttention
 from ...models import DecoderLM, Pass, SelfAttention, Shifted
 from ...patterns import Pattern
-from ...patterns.dense import Dense
 from ...patterns.sliding_window import SlidingWindow
 from ...recipes.fit import fit
 from .results import summary, write_result
@@ -89,9 +88,9 @@ def losses(
 
 
 def trained(seed: int, method: str) -> dict[str, float]:
-    """Losses on fresh text of a model trained as ``"hybrid"``, ``"local"`` or ``"dense"``."""
+    """Losses on fresh text of a model trained as ``"hybrid"`` or ``"local"``."""
     model = hybrid(seed) if method == "hybrid" else plain(seed)
-    pattern = SlidingWindow(2 * LOCAL_BLOCK, block=LOCAL_BLOCK) if method == "local" else Dense()
+    pattern = SlidingWindow(2 * LOCAL_BLOCK, block=LOCAL_BLOCK) if method == "local" else None
     states: dict[int, Any] = {}
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -113,8 +112,8 @@ def trained(seed: int, method: str) -> dict[str, float]:
 
 
 def measure_copy(*, seeds: int = SEEDS, out: Path | None = None) -> dict[str, Any]:
-    """Claim ``distant-copy``; dense attention is reported beside it."""
-    runs = {name: [trained(seed, name) for seed in range(seeds)] for name in ("hybrid", "local", "dense")}
+    """Claim ``distant-copy``."""
+    runs = {name: [trained(seed, name) for seed in range(seeds)] for name in ("hybrid", "local")}
     rows = {
         name: {kind: summary([run[kind] for run in some]) for kind in ("copied", "other")}
         for name, some in runs.items()
@@ -123,8 +122,8 @@ def measure_copy(*, seeds: int = SEEDS, out: Path | None = None) -> dict[str, An
     gain = rows["local"]["copied"]["mean"] - rows["hybrid"]["copied"]["mean"]
     other = rows["hybrid"]["other"]["mean"] / rows["local"]["other"]["mean"] - 1
     numbers = {
-        "ours": f"copied tokens {rows['hybrid']['copied']['mean']:.2f} nats hybrid, {rows['local']['copied']['mean']:.2f} local, "
-        f"{rows['dense']['copied']['mean']:.2f} dense; other tokens {100 * other:+.2f} %",
+        "ours": f"copied tokens {rows['hybrid']['copied']['mean']:.2f} nats hybrid, {rows['local']['copied']['mean']:.2f} local; "
+        f"other tokens {100 * other:+.2f} %",
         "loss": rows,
         "other_relative": round(other, 5),
         "parameters": {"hybrid": count(hybrid(0)), "local": count(plain(0))},
