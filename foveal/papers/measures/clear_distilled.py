@@ -102,7 +102,7 @@ def measure_losses(*, seeds: int = SEEDS, out: Path | None = None) -> dict[str, 
         "criterion": f"≤ {OF_OWN} and ≤ {OF_UNTUNED}; the teacher's loss lower on self-made than on real data",
         "full_over_own_loss": summary(over_own),
         "full_over_no_tuning": summary(over_none),
-        "runs": [{name: round(value, 6) for name, value in run.items()} for run in runs],
+        "runs": [{name: float(f"{value:.4g}") for name, value in run.items()} for run in runs],
         "steps": STEPS,
         "seeds": seeds,
     }
