@@ -17,6 +17,7 @@ from foveal.papers.cards import load_card
 from foveal.papers.measures import (
     clear_distilled,
     dhsa_accuracy,
+    hylra,
     painter,
     recall,
     rettention_digits,
@@ -185,3 +186,14 @@ def test_routing(tmp_path: Path) -> None:
 def test_retrieval_of_the_measured_length_asks_what_it_tells() -> None:
     task = key_values(1, recall.PAIRS, recall.ASKED, torch.Generator(), length=recall.LENGTH)
     assert int(task.answer.sum()) == recall.ASKED
+
+
+def test_hylra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PROMPT": 5, "DECODED": 6, "BUDGETS": (3, 8)}.items():
+        monkeypatch.setattr(hylra, name, value)
+    result = hylra.measure_keys(out=tmp_path)
+    claim = next(c for c in load_card("hylra").claims if c.measured_by == "foveal.papers.measures.hylra:measure_keys")
+    assert json.loads((tmp_path / "hylra" / f"{claim.id}.json").read_text()) == result
+    assert result["verdict"] == "reproduced" and result["measured"]["keys"]["8"] == [51, 45, 45, 45, 45, 45]
+    monkeypatch.setattr(hylra, "formula", lambda budget, role: 1)
+    assert hylra.measure_keys(out=tmp_path)["verdict"] == "not reproduced"
