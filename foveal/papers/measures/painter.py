@@ -16,7 +16,7 @@ from ...models import DiT
 from ...recipes.fit import fit
 
 SIDE, TEXT, DIM, DEPTH, HEADS = 16, 1, 64, 6, 4
-TRAINING_STEPS, BATCH, LR = 500, 16, 2e-3
+TRAINING_STEPS, BATCH, LR = 400, 16, 2e-3
 
 
 def pictures() -> tuple[Tensor, Tensor, Tensor, Tensor]:

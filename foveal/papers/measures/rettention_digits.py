@@ -22,7 +22,7 @@ from ...patterns.step_state import StepState
 from . import painter
 from .results import summary, write_result
 
-SEEDS, PICTURES, STEPS, GUIDANCE = 2, 20, 20, 2.0
+SEEDS, PICTURES, STEPS, GUIDANCE = 2, 10, 20, 2.0
 KEEPS = (1 / 32, 1 / 8)
 ABOVE_PLAIN, BELOW_RESIDUAL = 6.0, 0.3
 """dB that reshape must gain over plain, and may lose to residual."""

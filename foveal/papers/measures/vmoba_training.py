@@ -1,6 +1,6 @@
 """VMoBA against full attention and MoBA as what a small video denoiser is trained with, at the same number of steps.
 
-Clips: coloured shapes that move, 8 frames of 16×16 pixels as 8×8×8 tokens, 6 layers. VMoBA cuts frames, columns and boxes of 64 tokens in
+Clips: coloured shapes that move, 8 frames of 16×16 pixels as 8×8×8 tokens, 3 layers. VMoBA cuts frames, columns and boxes of 64 tokens in
 turn; MoBA cuts the sequence into runs of 64. Both keep about a quarter of the pairs. Every method trains a model of its own from
 the same start on the same clips and noise; measured is its loss on fresh clips under the attention it was trained with.
 """
@@ -24,8 +24,8 @@ from ...recipes.fit import fit
 from .results import summary, write_result
 
 FRAMES, SIDE, PATCH = 8, 16, 2
-DIM, DEPTH, HEADS = 64, 6, 4
-STEPS, BATCH, LR, FRESH = 200, 8, 2e-3, 64
+DIM, DEPTH, HEADS = 64, 3, 4
+STEPS, BATCH, LR, FRESH = 150, 8, 2e-3, 64
 SEEDS = 2
 WORSE = 1.05
 METHODS: dict[str, Pattern] = {
