@@ -82,7 +82,11 @@ class Pass:
         return self.turns[head_dim, rope_base]
 
 
-def chosen(policy: Policy | Pattern | Operator | None) -> Policy | Operator:
+Method = Policy | Pattern | Operator
+"""What a call of a backbone may run: a policy, the same pattern in every layer, or the same operator in every layer."""
+
+
+def chosen(policy: Method | None) -> Policy | Operator:
     """What a pass runs: dense attention for None, a uniform policy for a pattern, anything else as it is."""
     if isinstance(policy, Operator):
         return policy

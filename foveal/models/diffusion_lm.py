@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
-from ..patterns import Pattern
-from ..patterns.operator import Operator
-from ..policies.policy import Policy
-from .blocks import AttentionFactory, Block, Pass, check_ids, chosen, factory, initialise
+from .blocks import AttentionFactory, Block, Method, Pass, check_ids, chosen, factory, initialise
 
 LEAST_MASKED = 1e-3
 """ε: the smallest share of tokens masked in training."""
@@ -51,7 +48,7 @@ class DiffusionLM(nn.Module):
         initialise(self, depth, seed)
 
     def begin(
-        self, ids: Tensor, policy: Policy | Pattern | Operator | None = None, *, states: dict[int, State] | None = None,
+        self, ids: Tensor, policy: Method | None = None, *, states: dict[int, State] | None = None,
         step: int | None = None, impl: str = "auto", measuring: bool = False,
     ) -> Pass:  # fmt: skip
         """The pass that :meth:`forward` runs over ``ids`` ``(B, N)``."""
@@ -62,9 +59,7 @@ class DiffusionLM(nn.Module):
             len(self.layers), states={} if states is None else states, step=step, impl=impl, measuring=measuring,
         )  # fmt: skip
 
-    def forward(
-        self, ids: Tensor, policy: Policy | Pattern | Operator | None = None, *, run: Pass | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, policy: Method | None = None, *, run: Pass | None = None) -> Tensor:
         """``(B, N, vocab)`` logits of every token, masked or not; raises :class:`ShapeError` for bad ids."""
         check_ids(ids, self.vocab_size + 1)
         run = self.begin(ids, policy) if run is None else run
@@ -73,9 +68,7 @@ class DiffusionLM(nn.Module):
             x = layer(x, run)
         return self.head(self.norm(x))
 
-    def loss(
-        self, ids: Tensor, answer: Tensor, generator: torch.Generator, policy: Policy | Pattern | Operator | None = None
-    ) -> Tensor:
+    def loss(self, ids: Tensor, answer: Tensor, generator: torch.Generator, policy: Method | None = None) -> Tensor:
         """The bound on −log p(answer | rest) per answer token, nats.
 
         Args:
@@ -98,7 +91,7 @@ class DiffusionLM(nn.Module):
         *,
         block: int | None = None,
         given: Tensor | None = None,
-        policy: Policy | Pattern | Operator | None = None,
+        policy: Method | None = None,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         watch: Callable[[Pass], None] | None = None,

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
-from ..patterns import Pattern
-from ..patterns.operator import Operator
-from ..policies.policy import Policy
-from .blocks import AttentionFactory, Mlp, Pass, check_ids, chosen, factory, initialise
+from .blocks import AttentionFactory, Method, Mlp, Pass, check_ids, chosen, factory, initialise
 from .vit import coordinates
 
 OFFSET = 0.008
@@ -99,7 +96,7 @@ class DiT(nn.Module):
         return (self.channels, *self.grid[:-2], self.grid[-2] * self.patch, self.grid[-1] * self.patch)
 
     def begin(
-        self, policy: Policy | Pattern | Operator | None = None, *, states: dict[int, State] | None = None, step: int | None = None,
+        self, policy: Method | None = None, *, states: dict[int, State] | None = None, step: int | None = None,
         impl: str = "auto", measuring: bool = False,
     ) -> Pass:  # fmt: skip
         """The pass over one batch; text tokens sit at coordinate 0 of every axis."""
@@ -113,7 +110,7 @@ class DiT(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Tensor | None = None, policy: Policy | Pattern | Operator | None = None, *, run: Pass | None = None
+        self, x: Tensor, t: Tensor, text: Tensor | None = None, policy: Method | None = None, *, run: Pass | None = None
     ) -> Tensor:  # fmt: skip
         """Predicted noise, of ``x``'s shape.
 
@@ -173,7 +170,7 @@ class DiT(nn.Module):
         return share.sqrt() * x + (1 - share).sqrt() * noise, t, text, noise
 
     def loss(
-        self, x: Tensor, text: Tensor | None, generator: torch.Generator, drop: float = 0.1, policy: Policy | Pattern | Operator | None = None
+        self, x: Tensor, text: Tensor | None, generator: torch.Generator, drop: float = 0.1, policy: Method | None = None
     ) -> Tensor:  # fmt: skip
         """Mean squared error of the predicted noise over :meth:`noised` samples."""
         noisy, t, text, noise = self.noised(x, text, generator, drop)
@@ -187,7 +184,7 @@ class DiT(nn.Module):
         text: Tensor | None = None,
         *,
         guidance: float = 1.0,
-        policy: Policy | Pattern | Operator | None = None,
+        policy: Method | None = None,
         clip: float | None = None,
         watch: Callable[[Pass], None] | None = None,
     ) -> Tensor:
