@@ -59,7 +59,7 @@ def test_drifting_tensors_and_their_errors(tmp_path: Path, monkeypatch: pytest.M
     assert main["reshape"] < main["residual"] < main["plain"]
     assert measured["criterion_met"]["digits"] and measured["digits_psnr"] == pictures
     assert (result["verdict"] == "reproduced") == measured["criterion_met"]["drifting tensors"]
-    pictures["1/32"]["reshape λ=0.0"]["mean"] = 14.0  # more than 0.3 dB below residual
+    pictures["1/32"]["plain"]["mean"] = 12.0  # reshape gains less than 6 dB
     assert rettention.measure_reshape(seeds=1, out=tmp_path)["verdict"] == "direction holds"
-    pictures["1/32"]["reshape λ=0.0"]["mean"] = 8.0
+    pictures["1/32"]["reshape λ=0.0"]["mean"] = 14.0  # below residual
     assert rettention.measure_reshape(seeds=1, out=tmp_path)["verdict"] == "not reproduced"

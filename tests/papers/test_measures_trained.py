@@ -148,8 +148,10 @@ def test_rettention(tmp_path: Path) -> None:
     assert {"band only", "plain", "ratio", "residual", "reshape λ=auto", "mean ratio"} <= set(seen)
     assert 0 < seen["mean ratio"]["mean"] < 1
     good = {"1/8": {"plain": {"mean": 10.0}, "residual": {"mean": 20.0}, "reshape λ=0.0": {"mean": 19.8}}}
+    assert rettention_digits.criterion(good) == (True, False), "a little below residual is within the criterion"
+    good["1/8"]["reshape λ=0.0"]["mean"] = 20.5
     assert rettention_digits.criterion(good) == (True, True)
-    good["1/8"]["reshape λ=0.0"]["mean"] = 15.0
+    good["1/8"]["plain"]["mean"] = 15.0
     assert rettention_digits.criterion(good) == (False, True)
 
 
