@@ -33,14 +33,29 @@ def test_installs_and_works_without_a_compiler(tmp_path: Path) -> None:
             shutil.copytree(whole, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(whole, source)
-    command = ["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target), str(source)]
+    command = [
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(target),
+        str(source),
+    ]
     without = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
     done = subprocess.run([sys.executable, *command], env=without, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(target.rglob("_native*.so"))
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ran = subprocess.run(
-        [sys.executable, "-c", CODE, str(target)], env=outside, cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", CODE, str(target)],
+        env=outside,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("gather needs its C++ part"), ran.stdout

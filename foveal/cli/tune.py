@@ -38,6 +38,10 @@ def tune(
     search_texts: Annotated[
         int, typer.Option(help="Pieces of the text that a searched policy must hold on, as far as the text reaches.")
     ] = 2,
+    patterns: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Further patterns to measure, such as moba,xattention,triangle,dhsa_chunk."),
+    ] = "",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code of its own.")
     ] = False,
@@ -66,6 +70,7 @@ def tune(
         search=search,
         search_texts=search_texts,
         trust_remote_code=trust_remote_code,
+        patterns=tuple(name.strip() for name in patterns.split(",") if name.strip()),
     )
     with bar() as report:
         results = run_tune(options, report, note)

@@ -98,6 +98,54 @@ def markov(batch: int, length: int, generator: torch.Generator, *, table: Tensor
     return Task(torch.stack(out, 1) + FIRST, answer)
 
 
+@dataclass(frozen=True, eq=False)
+class Mixed(Task):
+    """A batch of :func:`distant_values`.
+
+    Attributes:
+        near: ``(B, N)`` bool, tokens of the chain whose predecessor is its predecessor in the chain.
+    """
+
+    near: Tensor
+
+
+def distant_values(
+    batch: int, length: int, pairs: int, gap: int, generator: torch.Generator, *, table: Tensor, keys: int = 32, values: int = 32
+) -> Mixed:  # fmt: skip
+    """A local task with something to remember: a Markov chain in whose first part pairs ``k v`` stand, and again in the last part.
+
+    The second ``v`` of each pair is the answer; all that helps is the first one, at least ``gap`` tokens before.
+
+    Args:
+        length: tokens; both parts get half of what ``gap`` leaves. pairs: with distinct keys, each told once and asked once.
+        table: ``(V, V)`` of the chain, whose tokens are 2 … V+1; then come the keys, then the values.
+
+    Raises:
+        ConfigError: more pairs than keys, or parts too short for the pairs.
+    """
+    part, chain = (length - gap) // 2, table.shape[0]
+    if not 1 <= pairs <= keys or part < 2 * pairs:
+        raise ConfigError(
+            f"distant_values has length={length}, gap={gap}, pairs={pairs}, keys={keys}; expected pairs ≤ keys and a length of at least "
+            f"gap + 4·pairs = {gap + 4 * pairs}."
+        )
+    ids = markov(batch, length, generator, table=table).ids
+    key = torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs] + FIRST + chain
+    value = torch.randint(values, (batch, pairs), generator=generator) + FIRST + chain + keys
+    answer, near = torch.zeros(batch, length, dtype=torch.bool), torch.ones(batch, length, dtype=torch.bool)
+    near[:, 0] = False
+    for first, last in ((0, False), (length - part, True)):
+        slot = torch.rand(batch, part - pairs, generator=generator).argsort(1)[:, :pairs].sort(1).values
+        place = first + slot + torch.arange(pairs)
+        which = torch.rand(batch, pairs, generator=generator).argsort(1)
+        ids.scatter_(1, place, key.gather(1, which)).scatter_(1, place + 1, value.gather(1, which))
+        for step in range(3):
+            near.scatter_(1, (place + step).clamp(max=length - 1), False)
+        if last:
+            answer.scatter_(1, place + 1, True)
+    return Mixed(ids, answer, near)
+
+
 def transitions(size: int, likely: int, seed: int) -> Tensor:
     """``(size, size)`` transition probabilities in which every token has ``likely`` equally probable successors."""
     g = torch.Generator().manual_seed(seed)

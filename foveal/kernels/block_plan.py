@@ -18,7 +18,7 @@ from ..core.base_mask import FULL, PARTIAL, BaseMask, Predicate
 from ..core.errors import ShapeError
 from ..core.layouts import BlockMask, block_mask_kinds
 from .call import AttentionCall, relative_index
-from .ragged import Batch, Plan, split_rows
+from .rows import Batch, Plan, split_rows
 
 DENSE_BLOCK = 128
 TABLE_KEYS = 4096

@@ -17,7 +17,8 @@ from .call import AttentionCall, compute_dtype
 from .group_plan import average, direct_plan, group_plan
 from .list_plan import list_plan, one_row
 from .merged import attend_merged
-from .ragged import Plan, Scores, attend_rows
+from .ragged import attend_rows
+from .rows import Plan, Scores
 
 CPU_SCORES = 1 << 19
 """Score elements per batch on CPU: a float32 buffer of this size fits the second-level caches of two cores."""
@@ -97,7 +98,9 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     if layout.combine == "softmax":
         q = torch.cat([_flat(call.q), spare])
         rows = torch.cat([owner, owner.new_full((1,), total)])
-        merged = Plan(lambda: (replace(b, q_rows=rows[b.q_rows]) for b in plan.batches()), key_reads=plan.key_reads)
+        merged = Plan(
+            lambda: (replace(b, q_rows=rows[b.q_rows]) for b in plan.batches()), key_reads=plan.key_reads, repeats=True
+        )
         out, lse = attend_merged(q, k, v, merged, _scores(call), call.bias)
         return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
     q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row

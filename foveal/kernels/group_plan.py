@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.base_mask import BaseMask
 from ..core.layouts import Groups
 from .call import AttentionCall, relative_index
-from .ragged import Batch, Plan, split_rows
+from .rows import Batch, Plan, split_rows
 
 
 def group_plan(call: AttentionCall, layout: Groups, budget: int) -> tuple[Tensor, Plan]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.layouts import KeySelection
 from .call import AttentionCall, compute_dtype, relative_index
-from .ragged import LOG2_E, Batch, Plan, scratch, split_rows
+from .rows import LOG2_E, Batch, Plan, scratch, split_rows
 
 
 def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:

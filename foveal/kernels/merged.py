@@ -1,8 +1,7 @@
 """Attentions of the same query row, merged while they run: ``Groups`` whose memory does not grow with the memberships.
 
 As ``kernels.ragged``, but a query row may take part in many attentions of a plan. What they give is added up under a
-running maximum, so that the result is one softmax over the union. Backward needs no part by itself either: every weight is
-``exp(logit − lse)`` with the merged lse.
+running maximum, so that the result is one softmax over the union. Backward is that of any plan, with the merged lse.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
-from .ragged import LOG2_E, Buffers, Plan, Scores, _key_units, _logits, _pair_products, _rows_term, scratch
+from .row_gradients import gradients
+from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
 
 
 class _Merged(torch.autograd.Function):
@@ -27,14 +27,14 @@ class _Merged(torch.autograd.Function):
         total = torch.zeros(q.shape[0], dv, dtype=dtype, device=q.device)
         top = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
         norm = torch.zeros_like(top)
-        kf, vf = _key_units(k, v, plan, dtype)
+        kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", q, batch.q_rows, dtype, d)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-                s, _ = _logits(buffers, qg, kg, batch, scores, flat_table)
+                s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 here = s.amax(-1, keepdim=True)
                 where = batch.q_rows.reshape(-1)
                 before = top.index_select(0, where)
@@ -57,38 +57,8 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, out, lse = ctx.saved_tensors
-        plan, scores = ctx.plan, ctx.scores
-        dtype = compute_dtype(q.dtype)
-        d, dv = k.shape[1], v.shape[1]
-        grad_out = grad_out.contiguous()
-        rows_term = _rows_term(grad_out, out, grad_lse.to(dtype))
-        base2 = lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E)  # blind rows: all logits are −inf
-        gq, gk, gv = (torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (q, k, v))
-        flat_table = None if table is None else table.reshape(-1).to(dtype)
-        gt = None if flat_table is None else torch.zeros_like(flat_table)
-        kf, vf = _key_units(k, v, plan, dtype)
-        with scratch(q.device) as buffers:
-            for batch in plan.batches():
-                r, where, source = batch.q_rows.shape[0], batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
-                qg = buffers.take("q", q, batch.q_rows, dtype, d)
-                kg = buffers.take("k", kf, batch.k_rows, dtype, d)
-                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-                go = buffers.take("grad_out", grad_out, batch.q_rows, dtype, dv)
-                s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
-                p = s.exp2_()
-                _add(gv, source, torch.bmm(p.transpose(1, 2), go, out=_like(buffers, "grad_v", vg)))
-                ds = _like(buffers, "grad_scores", s)
-                _pair_products(go, vg, ds, start=rows_term[where].view(r, -1, 1)).mul_(p)
-                if gt is not None and batch.bias is not None:
-                    gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
-                if tanh is not None:
-                    ds.mul_(tanh.square_().neg_().add_(1))
-                part = _like(buffers, "grad_q", qg)
-                _add(gq, where, torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part))
-                part = _like(buffers, "grad_k", kg)
-                _add(gk, source, torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part))
-        table_grad = None if gt is None or table is None else gt.view(table.shape).to(table.dtype)
-        return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype), table_grad, None, None
+        found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
+        return *found, None, None
 
 
 def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Tensor) -> None:
@@ -98,14 +68,6 @@ def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Te
         rows, factor = where[rose], (before[rose] - now[rose]).exp2_()
         total.index_copy_(0, rows, total.index_select(0, rows).mul_(factor[:, None]))
         norm.index_copy_(0, rows, norm.index_select(0, rows).mul_(factor))
-
-
-def _like(buffers: Buffers, role: str, x: Tensor) -> Tensor:
-    return buffers.get(role, tuple(x.shape), x.dtype)
-
-
-def _add(total: Tensor, where: Tensor, part: Tensor) -> None:
-    total.index_add_(0, where, part.view(where.shape[0], -1))
 
 
 def attend_merged(

@@ -1,20 +1,11 @@
 """The one inner loop of ``gather``: many small attentions of gathered rows, forward and backward, in O(N) memory.
 
-A *plan* is a sequence of batches. In each batch, R small attentions run at once: attention ``r`` takes the query rows
-``q_rows[r]`` and the key rows ``k_rows[r]`` (in units of ``q_unit`` and ``k_unit`` consecutive rows of the flattened
-tensors), hides the pairs that ``hide`` names, and writes its output back to the same query rows. Scores of one batch live
-in a reused buffer that fits the cache; nothing is kept for backward but ``out`` and ``lse``.
-
-Inside, logits are in base 2 (``log2(e)`` is folded into the matrix product): ``exp2`` costs a third of ``exp`` on CPU.
+Every row of q takes part in at most one attention of the plan (see ``kernels.rows``), and the output goes back to its place.
+``kernels.merged`` is for rows that take part in many.
 """
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,152 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
-
-LOG2_E = 1.0 / math.log(2.0)
-CONVERT_READS = 2
-"""Keys and values in half precision are converted as a whole when each is read at least this often on average."""
-
-
-KEPT_BYTES = 1 << 24
-"""Scratch memory that a thread keeps between calls, at most."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """R small attentions of the same shape.
-
-    Attributes:
-        q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is written by at most one attention.
-        k_rows: ``(R, L/k_unit)`` int64 row units of the flattened k and v.
-        hide: None, or ``(first_column, mask)``, True hides: ``mask`` is ``(R, G or 1, M/G, *columns)`` where the sizes of
-            ``columns`` multiply to ``L − first_column`` and consecutive rows are split into G equal parts.
-        bias: None, or ``(R, M, L)`` indices into the flattened bias table.
-    """
-
-    q_rows: Tensor
-    k_rows: Tensor
-    hide: tuple[int, Tensor] | None = None
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Batches, made afresh each time they are walked so that masks never pile up, and the sizes of a row unit.
-
-    Attributes:
-        batches: called once for forward and once for backward.
-        q_unit, k_unit: consecutive rows per unit.
-        key_reads: how many key rows all batches gather together, roughly; decides how half precision is converted.
-        covers: every row of q is written by a batch, so that outputs need no initial value.
-    """
-
-    batches: Callable[[], Iterable[Batch]]
-    q_unit: int = 1
-    k_unit: int = 1
-    key_reads: int = 0
-    covers: bool = False
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How logits are made: ``bias + softcap·tanh(scale·q·k / softcap)``."""
-
-    scale: float
-    softcap: float | None = None
-
-
-class Buffers:
-    """Scratch memory by role, reused between batches of one pass (batches differ in size, never in role)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._store: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._device = device
-
-    def get(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory of this shape; what ``role`` held before is gone."""
-        size = math.prod(shape)
-        flat = self._store.get((role, dtype))
-        if flat is None or flat.numel() < size:
-            with torch.inference_mode(False):  # so that later calls in any mode may write into it
-                flat = self._store[role, dtype] = torch.empty(size, dtype=dtype, device=self._device)
-        return flat[:size].view(shape)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._store.values())
-
-    def take(self, role: str, source: Tensor, rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-        """Row units ``rows`` ``(R, units)`` of ``source`` ``(all_units, unit·C)`` as ``(R, units·unit, C = width)`` in ``dtype``."""
-        flat = rows.reshape(-1)
-        out = self.get(role, (flat.shape[0], source.shape[1]), source.dtype)
-        torch.index_select(source, 0, flat, out=out)
-        if source.dtype != dtype:
-            out = self.get(role + " converted", (flat.shape[0], source.shape[1]), dtype).copy_(out)
-        return out.view(rows.shape[0], -1, width)
-
-
-_kept = threading.local()
-
-
-@contextmanager
-def scratch(device: torch.device) -> Iterator[Buffers]:
-    """Buffers for one pass. On CPU small ones stay with the thread: touching fresh memory costs more than a small attention."""
-    buffers = getattr(_kept, "buffers", None) if device.type == "cpu" else None
-    _kept.buffers = None  # a call inside this one gets its own
-    buffers = Buffers(device) if buffers is None else buffers
-    try:
-        yield buffers
-    finally:
-        if device.type == "cpu" and buffers.bytes <= KEPT_BYTES:
-            _kept.buffers = buffers
-
-
-def _pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:
-    """``out = start + alpha · a·bᵀ`` for ``(R, M, C)`` and ``(R, L, C)``; ``start`` is ``(R, M, 1)``.
-
-    A single product is run as two halves, because a batch of one keeps only one core busy.
-    """
-    r, m, length = out.shape
-    view = out
-    if r == 1 and m % 2 == 0 and out.device.type == "cpu":
-        a, b, view = a.view(2, m // 2, -1), b.expand(2, -1, -1), out.view(2, m // 2, length)
-        start = None if start is None else start.view(2, m // 2, 1)
-    if start is None:
-        torch.baddbmm(view, a, b.transpose(1, 2), beta=0, alpha=alpha, out=view)
-    else:
-        torch.baddbmm(start.expand(view.shape), a, b.transpose(1, 2), alpha=alpha, out=view)
-    return out
-
-
-def _logits(
-    buffers: Buffers,
-    qg: Tensor,
-    kg: Tensor,
-    batch: Batch,
-    scores: Scores,
-    table: Tensor | None,
-    minus: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Masked base-2 logits ``(R, M, L)``, less ``minus`` ``(R, M, 1)``; and, under a softcap, the tanh that backward needs."""
-    s = buffers.get("scores", (qg.shape[0], qg.shape[1], kg.shape[1]), qg.dtype)
-    tanh = None
-    if scores.softcap is None:
-        _pair_products(qg, kg, s, scores.scale * LOG2_E, None if minus is None else minus.neg())
-    else:
-        _pair_products(qg, kg, s, scores.scale / scores.softcap)
-        s.tanh_()
-        if minus is not None:
-            tanh = buffers.get("tanh", tuple(s.shape), s.dtype).copy_(s)
-        s.mul_(scores.softcap * LOG2_E)
-        if minus is not None:
-            s.sub_(minus)
-    if batch.bias is not None and table is not None:
-        s.add_(table[batch.bias], alpha=LOG2_E)
-    if batch.hide is not None:
-        first, mask = batch.hide
-        part = s.view(s.shape[0], -1, mask.shape[2], s.shape[2])[..., first:]
-        part.unflatten(-1, mask.shape[3:]).masked_fill_(mask, -torch.inf)
-    return s, tanh
+from .row_gradients import gradients
+from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
 
 
 class _Ragged(torch.autograd.Function):
@@ -180,14 +27,14 @@ class _Ragged(torch.autograd.Function):
         out = (torch.empty if plan.covers else torch.zeros)(q.shape[0], dv, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
-        kf, vf = _key_units(k, v, plan, dtype)
+        kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", qf, batch.q_rows, dtype, d)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-                s, _ = _logits(buffers, qg, kg, batch, scores, flat_table)
+                s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 top = s.amax(-1, keepdim=True)
                 floor = top
                 if batch.hide is not None or batch.bias is not None:
@@ -206,65 +53,8 @@ class _Ragged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, out, lse = ctx.saved_tensors
-        plan, scores = ctx.plan, ctx.scores
-        dtype = compute_dtype(q.dtype)
-        d, dv = k.shape[1], v.shape[1]
-        grad_out = grad_out.contiguous()
-        rows_term = _rows_term(grad_out, out, grad_lse.to(dtype)).view(-1, plan.q_unit)
-        base2 = (
-            lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E).view(-1, plan.q_unit)
-        )  # blind rows: all logits are −inf
-        gq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        gk = torch.zeros(k.shape, dtype=dtype, device=q.device)
-        gv = torch.zeros(v.shape, dtype=dtype, device=q.device)
-        flat_table = None if table is None else table.reshape(-1).to(dtype)
-        gt = None if flat_table is None else torch.zeros_like(flat_table)
-        qf, gof = q.view(-1, plan.q_unit * d), grad_out.view(-1, plan.q_unit * dv)
-        kf, vf = _key_units(k, v, plan, dtype)
-        gqf, gkf, gvf = gq.view(-1, plan.q_unit * d), gk.view(-1, plan.k_unit * d), gv.view(-1, plan.k_unit * dv)
-        with scratch(q.device) as buffers:
-            for batch in plan.batches():
-                r = batch.q_rows.shape[0]
-                where, source = batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
-                qg = buffers.take("q", qf, batch.q_rows, dtype, d)
-                kg = buffers.take("k", kf, batch.k_rows, dtype, d)
-                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-                go = buffers.take("grad_out", gof, batch.q_rows, dtype, dv)
-                s, tanh = _logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
-                p = s.exp2_()
-                part = torch.bmm(p.transpose(1, 2), go, out=buffers.get("grad_v", tuple(vg.shape), dtype))
-                gvf.index_add_(0, source, part.view(source.shape[0], -1))
-                ds = buffers.get("grad_scores", tuple(s.shape), dtype)
-                _pair_products(go, vg, ds, start=rows_term[where].view(r, -1, 1)).mul_(p)
-                if gt is not None and batch.bias is not None:
-                    gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
-                if tanh is not None:
-                    ds.mul_(tanh.square_().neg_().add_(1))
-                part = buffers.get("grad_q", tuple(qg.shape), dtype)
-                torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
-                gqf.index_copy_(0, where, part.view(where.shape[0], -1))
-                part = buffers.get("grad_k", tuple(kg.shape), dtype)
-                torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part)
-                gkf.index_add_(0, source, part.view(source.shape[0], -1))
-        table_grad = None if gt is None or table is None else gt.view(table.shape).to(table.dtype)
-        return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype), table_grad, None, None
-
-
-def _key_units(k: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values in row units; converted to the compute dtype here when converting each gathered tile would cost more."""
-    if k.dtype != dtype and plan.key_reads >= CONVERT_READS * k.shape[0]:
-        k, v = k.to(dtype), v.to(dtype)
-    return k.view(-1, plan.k_unit * k.shape[1]), v.view(-1, plan.k_unit * v.shape[1])
-
-
-def _rows_term(grad_out: Tensor, out: Tensor, grad_lse: Tensor, rows: int = 1 << 13) -> Tensor:
-    """``d lse − d out·out`` per row: what enters the gradient of every logit of the row with the weight of its pair."""
-    term = torch.empty_like(grad_lse)
-    for i in range(0, term.shape[0], rows):
-        part = slice(i, i + rows)
-        product = grad_out[part].to(term.dtype) * out[part]
-        torch.sub(grad_lse[part], product.sum(-1), out=term[part])
-    return term
+        found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
+        return *found, None, None
 
 
 def attend_rows(
@@ -282,21 +72,3 @@ def attend_rows(
         ``out`` ``(rows_q, Dv)`` in q's dtype and ``lse`` ``(rows_q,)`` in the compute dtype; rows of no batch give 0 and −inf.
     """
     return _Ragged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)
-
-
-def split_rows(total: int, score_elements: int, budget: int) -> Iterator[slice]:
-    """Slices of ``range(total)`` of at most about ``budget`` score elements each, in even counts where possible.
-
-    An even count splits evenly over two cores; one attention that exceeds the budget alone runs together with a second
-    one as long as both stay below four budgets.
-
-    Args:
-        total: number of attentions.
-        score_elements: scores of one attention.
-        budget: score elements per slice.
-    """
-    step = max(1, budget // max(score_elements, 1))
-    if step == 1 and 2 * score_elements <= 4 * budget:
-        step = 2
-    step -= step % 2 if step > 1 else 0
-    return (slice(i, min(i + step, total)) for i in range(0, total, step))

@@ -202,6 +202,19 @@ class RoutingAttention(nn.Module):
         new = update(state, tokens, self.decay, valid=both) if self.training else state
         return Routed(self.out(heads.transpose(1, 2).flatten(2)), new, loss, coverage)
 
+    def route(self, q: Tensor, v: Tensor, state: Centroids) -> tuple[Tensor, float]:
+        """Attention of the routing heads alone over tokens that are projected already, and the coverage; needs ``causal``.
+
+        Args:
+            q: ``(B, H, N, D)`` normalised queries, which are their own keys, not turned by position. v: ``(B, H, N, D)``.
+        """
+        if not self.causal:
+            raise UnsupportedError("route takes queries as their own keys, which goes with causal=True.")
+        base = self._base(q.shape[2], q.shape[2], None, q.device, self.mask_self)
+        if self.mode == "strict":
+            return self._strict(q, q, v, q, state, base), 1.0
+        return self._paper(q, q, v, q, q, state, base, None)
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

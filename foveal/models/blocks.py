@@ -16,6 +16,9 @@ from ..core.errors import ConfigError, ShapeError, UnsupportedError
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from ..layers.rotary import rotary, rotate
+from ..patterns import Pattern
+from ..patterns.dense import Dense
+from ..patterns.operator import Operator, attend
 from ..policies.policy import Policy
 
 
@@ -26,11 +29,13 @@ class Memory:
     Attributes:
         keys, values: per layer ``(B, Hkv, n, D)``; empty before the first call.
         states: what each layer's pattern remembers.
+        last: per layer ``(B, 1, dim)``, the last token that a :class:`~foveal.models.shift.Shifted` layer was given.
     """
 
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
+    last: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -43,7 +48,7 @@ class Pass:
     """One forward pass of a backbone: what its attention layers share and leave behind.
 
     Attributes:
-        policy: which pattern in which layer.
+        policy: which pattern in which layer, or the operator that every layer runs instead.
         base: the model's own mask for these queries and keys.
         positions: ``(N, A)`` coordinates of the new tokens on A axes (1 for text, 2 for images, 3 for video).
         num_layers: of the backbone.
@@ -54,9 +59,10 @@ class Pass:
         measuring: count what is kept into ``densities``.
         densities: per layer, when ``measuring``.
         selections: what the layers chose in this pass.
+        turns: rotary tables, by head size and base, made once for all layers.
     """
 
-    policy: Policy
+    policy: Policy | Operator
     base: BaseMask
     positions: Tensor
     num_layers: int
@@ -68,6 +74,24 @@ class Pass:
     measuring: bool = False
     densities: dict[int, Density] = field(default_factory=dict)
     selections: dict[int, Selection] = field(default_factory=dict)
+    turns: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turn(self, head_dim: int, rope_base: float) -> tuple[Tensor, Tensor]:
+        """Rotary tables of this pass's positions, see :func:`foveal.layers.rotary.rotary`."""
+        if (head_dim, rope_base) not in self.turns:
+            self.turns[head_dim, rope_base] = rotary(self.positions, head_dim, rope_base)
+        return self.turns[head_dim, rope_base]
+
+
+Method = Policy | Pattern | Operator
+"""What a call of a backbone may run: a policy, the same pattern in every layer, or the same operator in every layer."""
+
+
+def chosen(policy: Method | None) -> Policy | Operator:
+    """What a pass runs: dense attention for None, a uniform policy for a pattern, anything else as it is."""
+    if isinstance(policy, Operator):
+        return policy
+    return Policy.of(Dense() if policy is None else policy)
 
 
 AttentionFactory = Callable[[int], nn.Module]
@@ -105,14 +129,14 @@ class SelfAttention(nn.Module):
         """``(B, N, dim)`` in and out."""
         sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1))
-        turn = rotary(run.positions, self.head_dim, self.rope_base)
+        turn = run.turn(self.head_dim, self.rope_base)
         q, k = rotate(q, turn), rotate(k, turn)
-        out = attend(run, self.layer_index, x, q, k, v)
+        out = attend_layer(run, self.layer_index, x, q, k, v)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
-def attend(run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one layer under the pass's policy and memory: ``(B, H, N, D)``.
+def attend_layer(run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one layer under the pass's policy or operator, and its memory: ``(B, H, N, D)``.
 
     Args:
         x: ``(B, N, dim)`` what entered the layer. q: ``(B, H, N, D)``; k, v: ``(B, Hkv, N, D)`` of the new tokens.
@@ -128,19 +152,30 @@ def attend(run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v: Tens
         base=run.base, layer_index=layer_index, layer_name=f"layers.{layer_index}", num_layers=run.num_layers,
         q_offset=offset, hidden_states=x, grid=run.grid, step=run.step, earlier=run.selections,
     )  # fmt: skip
-    rule = run.policy.rule(layer_index)
-    if rule.heads:
-        raise UnsupportedError(
-            f"the policy has rules for single heads in layer {layer_index}; foveal's own backbones take one rule a layer."
-        )
+    if isinstance(run.policy, Operator):
+        if run.measuring:
+            raise UnsupportedError(
+                f"measuring counts the pairs that a pattern keeps, and {run.policy.registered_name} is an operator; measure its pattern."
+            )
+        out, _, states[layer_index] = attend(run.policy, q, k, v, ctx, states.get(layer_index), impl=run.impl)
+        return out
     with torch.no_grad():
-        layout, state = rule.pattern(ctx.decoding).select(q.detach(), k.detach(), ctx, states.get(layer_index))
+        layout, state = _pattern(run.policy, ctx).select(q.detach(), k.detach(), ctx, states.get(layer_index))
     states[layer_index] = state
     run.selections[layer_index] = Selection(layout, state)
     if run.measuring:
-        run.densities[layer_index] = measure(layout, run.base, x.shape[0], q.shape[1], k.shape[1])
+        run.densities[layer_index] = measure(layout, run.base, q.shape[0], q.shape[1], k.shape[1])
     call = AttentionCall(q, k, v, layout, run.base, q.shape[-1] ** -0.5, return_lse=False)
     return compute(call, run.impl)[0]
+
+
+def _pattern(policy: Policy, ctx: SelectContext) -> Pattern:
+    rule = policy.rule(ctx.layer_index)
+    if rule.heads:
+        raise UnsupportedError(
+            f"the policy has rules for single heads in layer {ctx.layer_index}; foveal's own backbones take one rule a layer."
+        )
+    return rule.pattern(ctx.decoding)
 
 
 class Hosted(nn.Module):
@@ -156,7 +191,7 @@ class Hosted(nn.Module):
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """``(B, N, dim)`` in and out."""
-        return self.layer(x, positions=run.positions[:, 0], attend=partial(attend, run, self.layer_index, x))
+        return self.layer(x, positions=run.positions[:, 0], attend=partial(attend_layer, run, self.layer_index, x))
 
 
 class Recurrent(nn.Module):

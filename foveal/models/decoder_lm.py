@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from ..core.base_mask import BaseMask
 from ..core.context import State
-from ..patterns import Pattern
-from ..patterns.dense import Dense
-from ..policies.policy import Policy
-from .blocks import AttentionFactory, Block, Memory, Pass, check_ids, factory, initialise
+from .blocks import AttentionFactory, Block, Memory, Method, Pass, check_ids, chosen, factory, initialise
 
 
 class DecoderLM(nn.Module):
@@ -46,7 +43,7 @@ class DecoderLM(nn.Module):
         initialise(self, depth, seed)
 
     def begin(
-        self, ids: Tensor, policy: Policy | Pattern | None = None, memory: Memory | None = None, *, valid: Tensor | None = None,
+        self, ids: Tensor, policy: Method | None = None, memory: Memory | None = None, *, valid: Tensor | None = None,
         states: dict[int, State] | None = None, impl: str = "auto", measuring: bool = False,
     ) -> Pass:  # fmt: skip
         """The pass that :meth:`forward` runs over ``ids`` ``(B, N)``; ``valid`` ``(B, n + N)`` is False on padding."""
@@ -55,14 +52,14 @@ class DecoderLM(nn.Module):
         base = BaseMask.build(ids.shape[1], total, causal=True, shift=before, valid=valid, device=ids.device)
         positions = torch.arange(before, total, device=ids.device)[:, None]
         return Pass(
-            Policy.of(Dense() if policy is None else policy), base, positions, len(self.layers), memory,
+            chosen(policy), base, positions, len(self.layers), memory,
             {} if states is None else states, impl=impl, measuring=measuring,
         )  # fmt: skip
 
     def forward(
         self,
         ids: Tensor,
-        policy: Policy | Pattern | None = None,
+        policy: Method | None = None,
         memory: Memory | None = None,
         *,
         run: Pass | None = None,
@@ -85,7 +82,7 @@ class DecoderLM(nn.Module):
             x = layer(x, run)
         return self.head(self.norm(x))
 
-    def loss(self, ids: Tensor, scored: Tensor | None = None, policy: Policy | Pattern | None = None) -> Tensor:
+    def loss(self, ids: Tensor, scored: Tensor | None = None, policy: Method | None = None) -> Tensor:
         """Mean next-token loss in nats; ``scored`` ``(B, N)`` bool says which tokens of ``ids`` count as targets."""
         logits = self(ids[:, :-1], policy)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -95,9 +92,7 @@ class DecoderLM(nn.Module):
         return (losses * weight).sum() / weight.sum().clamp(min=1)
 
     @torch.inference_mode()
-    def generate(
-        self, ids: Tensor, count: int, policy: Policy | Pattern | None = None, stop: Sequence[int] = ()
-    ) -> Tensor:
+    def generate(self, ids: Tensor, count: int, policy: Method | None = None, stop: Sequence[int] = ()) -> Tensor:
         """``(B, ≤ count)`` tokens decoded greedily after ``ids`` ``(B, N)``; ends early when every row has met a ``stop`` token."""
         memory, out = Memory(), []
         ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)

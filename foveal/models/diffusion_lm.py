@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from ..core.base_mask import BaseMask
 from ..core.context import State
-from ..core.errors import ConfigError
-from ..patterns import Pattern
-from ..patterns.dense import Dense
-from ..policies.policy import Policy
-from .blocks import AttentionFactory, Block, Pass, check_ids, factory, initialise
+from ..core.errors import ConfigError, ShapeError
+from .blocks import AttentionFactory, Block, Method, Pass, check_ids, chosen, factory, initialise
 
 LEAST_MASKED = 1e-3
 """ε: the smallest share of tokens masked in training."""
@@ -51,18 +48,18 @@ class DiffusionLM(nn.Module):
         initialise(self, depth, seed)
 
     def begin(
-        self, ids: Tensor, policy: Policy | Pattern | None = None, *, states: dict[int, State] | None = None,
+        self, ids: Tensor, policy: Method | None = None, *, states: dict[int, State] | None = None,
         step: int | None = None, impl: str = "auto", measuring: bool = False,
     ) -> Pass:  # fmt: skip
         """The pass that :meth:`forward` runs over ``ids`` ``(B, N)``."""
         length = ids.shape[1]
         base = BaseMask.build(length, length, causal=False, device=ids.device)
         return Pass(
-            Policy.of(Dense() if policy is None else policy), base, torch.arange(length, device=ids.device)[:, None],
+            chosen(policy), base, torch.arange(length, device=ids.device)[:, None],
             len(self.layers), states={} if states is None else states, step=step, impl=impl, measuring=measuring,
         )  # fmt: skip
 
-    def forward(self, ids: Tensor, policy: Policy | Pattern | None = None, *, run: Pass | None = None) -> Tensor:
+    def forward(self, ids: Tensor, policy: Method | None = None, *, run: Pass | None = None) -> Tensor:
         """``(B, N, vocab)`` logits of every token, masked or not; raises :class:`ShapeError` for bad ids."""
         check_ids(ids, self.vocab_size + 1)
         run = self.begin(ids, policy) if run is None else run
@@ -71,9 +68,7 @@ class DiffusionLM(nn.Module):
             x = layer(x, run)
         return self.head(self.norm(x))
 
-    def loss(
-        self, ids: Tensor, answer: Tensor, generator: torch.Generator, policy: Policy | Pattern | None = None
-    ) -> Tensor:
+    def loss(self, ids: Tensor, answer: Tensor, generator: torch.Generator, policy: Method | None = None) -> Tensor:
         """The bound on −log p(answer | rest) per answer token, nats.
 
         Args:
@@ -95,7 +90,8 @@ class DiffusionLM(nn.Module):
         steps: int,
         *,
         block: int | None = None,
-        policy: Policy | Pattern | None = None,
+        given: Tensor | None = None,
+        policy: Method | None = None,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         watch: Callable[[Pass], None] | None = None,
@@ -105,6 +101,7 @@ class DiffusionLM(nn.Module):
         Args:
             steps: denoising steps in all; each unmasks an equal share of its block, the most confident first.
             block: tokens filled together, from the left; default all. A divisor of ``length``, and the number of blocks one of ``steps``.
+            given: ``(B, length)`` answer tokens known beforehand, the mask token where one is to be found; default all masks.
             policy: what the attention keeps; patterns keep their state over all steps and know the step's number.
             temperature: 0 takes the likeliest token; above, Gumbel noise of this size is added to the logits.
             generator: draws the noise.
@@ -112,6 +109,7 @@ class DiffusionLM(nn.Module):
 
         Raises:
             ConfigError: numbers that do not divide each other.
+            ShapeError: ``given`` of another shape.
         """
         block = length if block is None else block
         if length < 1 or block < 1 or length % block or steps < 1 or steps % (length // block):
@@ -119,7 +117,10 @@ class DiffusionLM(nn.Module):
                 f"sample has length={length}, block={block}, steps={steps}; expected a block that divides the length, and a "
                 "multiple of the number of blocks as steps."
             )
-        ids = torch.cat([prompt, prompt.new_full((prompt.shape[0], length), self.mask)], 1)
+        given = prompt.new_full((prompt.shape[0], length), self.mask) if given is None else given
+        if tuple(given.shape) != (prompt.shape[0], length):
+            raise ShapeError(f"given has shape {tuple(given.shape)}; expected ({prompt.shape[0]}, length={length}).")
+        ids = torch.cat([prompt, given], 1)
         per_block = steps // (length // block)
         states: dict[int, State] = {}
         step = 0

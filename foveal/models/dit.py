@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
-from ..patterns import Pattern
-from ..patterns.dense import Dense
-from ..policies.policy import Policy
-from .blocks import AttentionFactory, Mlp, Pass, check_ids, factory, initialise
+from .blocks import AttentionFactory, Method, Mlp, Pass, check_ids, chosen, factory, initialise
 from .vit import coordinates
 
 OFFSET = 0.008
@@ -99,7 +96,7 @@ class DiT(nn.Module):
         return (self.channels, *self.grid[:-2], self.grid[-2] * self.patch, self.grid[-1] * self.patch)
 
     def begin(
-        self, policy: Policy | Pattern | None = None, *, states: dict[int, State] | None = None, step: int | None = None,
+        self, policy: Method | None = None, *, states: dict[int, State] | None = None, step: int | None = None,
         impl: str = "auto", measuring: bool = False,
     ) -> Pass:  # fmt: skip
         """The pass over one batch; text tokens sit at coordinate 0 of every axis."""
@@ -108,12 +105,12 @@ class DiT(nn.Module):
         places = coordinates(self.grid, device)
         positions = torch.cat([places.new_zeros(self.text, places.shape[1]), places])
         return Pass(
-            Policy.of(Dense() if policy is None else policy), BaseMask.build(n, n, causal=False, device=device), positions,
+            chosen(policy), BaseMask.build(n, n, causal=False, device=device), positions,
             len(self.layers), states={} if states is None else states, grid=self.grid, step=step, impl=impl, measuring=measuring,
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Tensor | None = None, policy: Policy | Pattern | None = None, *, run: Pass | None = None
+        self, x: Tensor, t: Tensor, text: Tensor | None = None, policy: Method | None = None, *, run: Pass | None = None
     ) -> Tensor:  # fmt: skip
         """Predicted noise, of ``x``'s shape.
 
@@ -160,17 +157,24 @@ class DiT(nn.Module):
         cut = tokens.reshape(tokens.shape[0], -1, height, width, self.channels, p, p).permute(0, 4, 1, 2, 5, 3, 6)
         return cut.reshape(tokens.shape[0], *self.shape)
 
-    def loss(
-        self, x: Tensor, text: Tensor | None, generator: torch.Generator, drop: float = 0.1, policy: Policy | Pattern | None = None
-    ) -> Tensor:  # fmt: skip
-        """Mean squared error of the predicted noise over uniform noise levels; texts are dropped with probability ``drop``."""
+    def noised(
+        self, x: Tensor, text: Tensor | None, generator: torch.Generator, drop: float = 0.1
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """``(noisy x, levels (B,), text, noise)`` at uniform noise levels; texts are dropped with probability ``drop``."""
         t = torch.rand(x.shape[0], generator=generator).to(x)
         noise = torch.randn(x.shape, generator=generator).to(x)
         if text is not None:
             dropped = torch.rand(x.shape[0], 1, generator=generator).to(x.device) < drop
             text = torch.where(dropped, self.vocab_size, text)
         share = signal(t).view(-1, *[1] * (x.dim() - 1))
-        return nn.functional.mse_loss(self(share.sqrt() * x + (1 - share).sqrt() * noise, t, text, policy), noise)
+        return share.sqrt() * x + (1 - share).sqrt() * noise, t, text, noise
+
+    def loss(
+        self, x: Tensor, text: Tensor | None, generator: torch.Generator, drop: float = 0.1, policy: Method | None = None
+    ) -> Tensor:  # fmt: skip
+        """Mean squared error of the predicted noise over :meth:`noised` samples."""
+        noisy, t, text, noise = self.noised(x, text, generator, drop)
+        return nn.functional.mse_loss(self(noisy, t, text, policy), noise)
 
     @torch.inference_mode()
     def sample(
@@ -180,7 +184,7 @@ class DiT(nn.Module):
         text: Tensor | None = None,
         *,
         guidance: float = 1.0,
-        policy: Policy | Pattern | None = None,
+        policy: Method | None = None,
         clip: float | None = None,
         watch: Callable[[Pass], None] | None = None,
     ) -> Tensor:

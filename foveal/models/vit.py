@@ -7,10 +7,7 @@ from torch import Tensor, nn
 
 from ..core.base_mask import BaseMask
 from ..core.errors import ShapeError
-from ..patterns import Pattern
-from ..patterns.dense import Dense
-from ..policies.policy import Policy
-from .blocks import AttentionFactory, Block, Pass, factory, initialise
+from .blocks import AttentionFactory, Block, Method, Pass, chosen, factory, initialise
 
 
 def coordinates(grid: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -48,17 +45,17 @@ class ViT(nn.Module):
         initialise(self, depth, seed)
 
     def begin(
-        self, grid: tuple[int, int], policy: Policy | Pattern | None = None, *, impl: str = "auto", measuring: bool = False
+        self, grid: tuple[int, int], policy: Method | None = None, *, impl: str = "auto", measuring: bool = False
     ) -> Pass:  # fmt: skip
         """The pass over one image of ``grid`` patches."""
         n, device = grid[0] * grid[1], self.head.weight.device
         base = BaseMask.build(n, n, causal=False, device=device)
         return Pass(
-            Policy.of(Dense() if policy is None else policy), base, coordinates(grid, device), len(self.layers), grid=grid,
+            chosen(policy), base, coordinates(grid, device), len(self.layers), grid=grid,
             impl=impl, measuring=measuring,
         )  # fmt: skip
 
-    def forward(self, images: Tensor, policy: Policy | Pattern | None = None, *, run: Pass | None = None) -> Tensor:
+    def forward(self, images: Tensor, policy: Method | None = None, *, run: Pass | None = None) -> Tensor:
         """``(B, classes)`` logits of images ``(B, C, height, width)``.
 
         Raises:

@@ -174,6 +174,10 @@ class BlockTopK(Pattern):
         candidate = real > 0
         scores = pooled_scores(q.to(sums.sums.dtype), sums.means[:, :, : len(start)], self.per_head)[:, :, 0] * scale
         sink = self._sinks(base, tail)
+        held = torch.zeros_like(real).scatter_add_(
+            1, sink.clamp(min=0).expand(len(rows), -1) // size, (sink >= 0).long().expand(len(rows), -1)
+        )
+        real = real - held  # sinks stay anyway: their block costs its other keys alone
         allowed = before[rows, hi] - before[rows, lo]
         if self.budget.mass is None:
             target = (
@@ -183,7 +187,7 @@ class BlockTopK(Pattern):
             room = (target - near - (sink >= 0).sum(-1))[:, None]
             cost = real[:, None]
         else:
-            room, cost = self._decode_mass(q, k, scores, candidate, real, sink, tail, sums, scale)
+            room, cost = self._decode_mass(q, k, real, held, sink, tail, sums, scale)
         chosen = fill(scores, candidate[:, None], cost, room, _OVERSHOOT[_kind(self.budget)])  # (B, heads, blocks)
         return KeySelection(_decode_list(chosen, sink, tail, own, size)[:, :, None], 1)
 
@@ -201,30 +205,24 @@ class BlockTopK(Pattern):
         return torch.where(hit.gather(1, index), index, -1)
 
     def _decode_mass(
-        self,
-        q: Tensor,
-        k: Tensor,
-        scores: Tensor,
-        candidate: Tensor,
-        real: Tensor,
-        sink: Tensor,
-        tail: int,
-        sums: BlockSums,
-        scale: float,
+        self, q: Tensor, k: Tensor, real: Tensor, held: Tensor, sink: Tensor, tail: int, sums: BlockSums, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Room and cost in mass: softmax over competing blocks, tail blocks and single sink tokens."""
-        far = scores + torch.log(real.clamp(min=1))[:, None]
-        far = far.masked_fill(~candidate[:, None], -torch.inf)
-        first = tail // self.kv_block
-        near = pooled_scores(q.to(scores.dtype), sums.means[:, :, first:], self.per_head)[:, :, 0] * scale
-        near = near + torch.log(sums.counts[:, first:].double())[:, None]
-        at = sink.clamp(min=0).expand(k.shape[0], -1)
-        early = k.gather(2, at[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])).to(scores.dtype)
-        early = pooled_scores(q.to(scores.dtype), early, self.per_head)[:, :, 0] * scale
-        early = early.masked_fill((sink < 0)[:, None], -torch.inf)
-        share = torch.softmax(torch.cat([far.double(), near.double(), early.double()], -1), -1)
+        """Room and cost in mass: softmax over competing blocks without their sinks, tail blocks and single sink tokens."""
+        q, first = q.to(sums.sums.dtype), tail // self.kv_block
+        at = sink.clamp(min=0).expand(k.shape[0], -1)[:, None, :, None]
+        early = k.gather(2, at.expand(-1, k.shape[1], -1, k.shape[3])).to(q.dtype)
+        lone = torch.where((sink >= 0)[:, None, :, None], early, 0.0)
+        others = sums.sums[:, :, :first].scatter_add(2, (at // self.kv_block).expand_as(lone), -lone)
+        means = others / (sums.counts[:, :first] - held).clamp(min=1)[:, None, :, None]
+
+        def mass(keys: Tensor, counts: Tensor) -> Tensor:
+            logits = pooled_scores(q, keys, self.per_head)[:, :, 0] * scale + torch.log(counts.double())[:, None]
+            return logits.double()
+
+        parts = mass(means, real), mass(sums.means[:, :, first:], sums.counts[:, first:]), mass(early, sink >= 0)
+        share = torch.softmax(torch.cat(parts, -1), -1)
         assert self.budget.mass is not None
-        return self.budget.mass - share[..., far.shape[-1] :].sum(-1), share[..., : far.shape[-1]]
+        return self.budget.mass - share[..., first:].sum(-1), share[..., :first]
 
 
 def _kind(budget: Budget) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ def fit(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     every: int = 200,
+    told: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[float]:
     """Train ``model`` in place and leave it in eval mode.
@@ -40,6 +42,7 @@ def fit(
         weight_decay: on matrices alone. clip: largest norm of the gradient.
         seed: of the generators given to ``loss_of``.
         checkpoint: safetensors file written every so many steps; when it is there, training goes on from it.
+        told: what else makes the loss, as JSON values: a checkpoint made with something else is refused.
         progress: called with ``(step, steps, loss)``.
 
     Returns:
@@ -55,7 +58,9 @@ def fit(
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
-    setting = {"steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "seed": seed}
+    setting: dict[str, Any] = {
+        "steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "seed": seed, **(told or {})
+    }  # fmt: skip
     losses = [] if checkpoint is None else _resume(Path(checkpoint), named, optimizer, setting)
     model.train()
     for step in range(len(losses), steps):
@@ -88,7 +93,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def _save(
-    path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, float], losses: list[float]
+    path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, Any], losses: list[float]
 ) -> None:  # fmt: skip
     from safetensors.torch import save_file
 
@@ -102,7 +107,7 @@ def _save(
 
 
 def _resume(
-    path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, float]
+    path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, Any]
 ) -> list[float]:
     if not path.is_file():
         return []
@@ -110,14 +115,14 @@ def _resume(
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get("fit", "{}"))
+            made = json.loads((file.metadata() or {}).get("fit", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"checkpoint {path} cannot be read: {error}. Delete it to start again.") from None
     shapes = {name.removeprefix("model/"): tuple(t.shape) for name, t in tensors.items() if name.startswith("model/")}
-    if told.get("setting") != setting or shapes != {name: tuple(p.shape) for name, p in named}:
+    if made.get("setting") != setting or shapes != {name: tuple(p.shape) for name, p in named}:
         raise ConfigError(
-            f"checkpoint {path} was made with {told.get('setting')} or for another model; expected {setting}. "
+            f"checkpoint {path} was made with {made.get('setting')} or for another model; expected {setting}. "
             "Use another file, or delete it to start again."
         )
     with torch.no_grad():
@@ -127,5 +132,5 @@ def _resume(
             optimizer.state[p] = {
                 key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else p.device) for key in keys
             }
-    losses: list[float] = told["losses"]
+    losses: list[float] = made["losses"]
     return losses

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..core.budget import Budget
 from ..patterns import Pattern
 from ..patterns.dense import Dense
 from ..patterns.dhsa import DHSA
+from ..patterns.moba import MoBA
 from ..patterns.sliding_window import SlidingWindow
 from ..patterns.topk import BlockTopK
 from ..patterns.triangle import Triangle
+from ..patterns.xattention import XAttention
 from ..policies.policy import Policy
 
 SINKS = 4
@@ -44,6 +47,30 @@ def patterns(context: int) -> list[tuple[str, Pattern]]:
         ("block top-k 12.5 %", BlockTopK(budget=Budget(density=0.125))),
         ("dhsa vsb 25 %", DHSA(variant="vsb", budget=Budget(density=0.25))),
     ]
+
+
+Proposal = Callable[[int], list[tuple[str, Pattern]]]
+"""Context length → named patterns."""
+
+FURTHER: dict[str, Proposal] = {
+    "moba": lambda context: [
+        (f"moba {share} %", MoBA(block=max(1, context // 32), top_k=top_k)) for share, top_k in (("25", 8), ("12.5", 4))
+    ],
+    "xattention": lambda context: [
+        (f"xattention {share} %", XAttention(Budget(mass=share / 100))) for share in (95, 80)
+    ],
+    "triangle": lambda context: [
+        ("triangle", Triangle(max(1, context // 8), sinks=64, dense_rows=128)),
+    ],
+    "dhsa_chunk": lambda context: [("dhsa chunks 25 %", DHSA(variant="chunk", budget=Budget(density=0.25)))],
+}
+"""Patterns measured when they are asked for: ``TuneOptions.patterns``. Shares of moba are of the blocks, of xattention of the mass."""
+
+
+def further(names: Sequence[str], context: int) -> list[Candidate]:
+    """Candidates of the patterns asked for, in the order of :data:`FURTHER`."""
+    asked = [proposal(context) for name, proposal in FURTHER.items() if name in names]
+    return [Candidate(name, Policy.uniform(pattern, name=name)) for some in asked for name, pattern in some]
 
 
 def layer_options(context: int) -> list[Pattern]:

@@ -7,8 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, nearest
 from ..core.serial import check_range, check_types
+from .candidates import FURTHER
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class TuneOptions:
         search: also search a policy layer by layer.
         search_texts: on how many disjoint pieces of the text, at most; the policy must stay inside the limit on each of them.
         trust_remote_code: let a checkpoint run code of its own.
+        patterns: further patterns to measure in all layers, names of :data:`foveal.tune.candidates.FURTHER`; they take no part in the
+            search. A run that was made without them goes on.
     """
 
     model: str
@@ -42,6 +45,7 @@ class TuneOptions:
     search: bool = True
     search_texts: int = 2
     trust_remote_code: bool = False
+    patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -49,6 +53,9 @@ class TuneOptions:
         check_range(self, "seed", low=0)
         check_range(self, "decode_tokens", low=2)
         check_range(self, "search_texts", low=1)
+        for name in self.patterns:
+            if name not in FURTHER:
+                raise ConfigError(f"patterns has {name!r}. {nearest(name, FURTHER)}")
         if not self.max_ppl_increase > 0:
             raise ConfigError(
                 f"max_ppl_increase is {self.max_ppl_increase!r}; expected a value above 0, such as 0.01 for 1 %."
@@ -63,5 +70,5 @@ class TuneOptions:
 
     def digest(self, **measured: str) -> str:
         """Identity of the measurements: a journal is resumed only when options, model and text are the same."""
-        said = {k: v for k, v in asdict(self).items() if k not in ("out", "max_ppl_increase", "search")}
+        said = {k: v for k, v in asdict(self).items() if k not in ("out", "max_ppl_increase", "search", "patterns")}
         return hashlib.sha256(json.dumps({**said, **measured}, sort_keys=True).encode()).hexdigest()

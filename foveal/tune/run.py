@@ -19,7 +19,7 @@ from ..lens.model import profile_model
 from ..patterns import Pattern
 from ..patterns.dense import Dense
 from ..policies.policy import ModelStamp
-from .candidates import DENSE, Candidate, dense_by, layer_options, uniform
+from .candidates import DENSE, Candidate, dense_by, further, layer_options, uniform
 from .figures import BASELINE, NEEDLE_DEPTHS, figures, runs
 from .journal import Journal, write_whole
 from .meter import DenseLogits, Meter
@@ -74,6 +74,7 @@ def run_tune(
     work = _prepare(options, report or (lambda *_: None), say or (lambda _: None))
     kernel = work.meter.dense_kernel(options.context)
     proposed = [*([] if kernel == BASELINE else [dense_by(kernel)]), *uniform(options.context)]
+    proposed += further(options.patterns, options.context)
     layers = _layers(work)
     texts = len(work.search_ids)
     work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + ((texts + 1) * layers + 4 if options.search else 0)

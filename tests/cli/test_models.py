@@ -248,12 +248,14 @@ def test_tune_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     result = foveal(
         "tune", "m", "--context", 512, "--text", "t.txt", "--out", tmp_path, "--max-ppl-increase", "2%", "--dtype", "bfloat16",
         "--device", "cpu", "--impl", "gather", "--seed", 7, "--decode-tokens", 32, "--no-search", "--trust-remote-code",
+        "--patterns", "moba, xattention",
     )  # fmt: skip
     assert result.exit_code == 2 and "error: enough" in result.stderr
     assert "[1/2] measuring" in result.stderr and "loading" in result.stderr
     expected = tune.TuneOptions(
-        "m", 512, "t.txt", str(tmp_path), 0.02, "bfloat16", "cpu", "gather", 7, 32, search=False, trust_remote_code=True
-    )
+        "m", 512, "t.txt", str(tmp_path), 0.02, "bfloat16", "cpu", "gather", 7, 32, search=False, trust_remote_code=True,
+        patterns=("moba", "xattention"),
+    )  # fmt: skip
     assert seen == [expected]
     foveal("tune", "m")
     assert seen[-1] == tune.TuneOptions("m")

@@ -15,6 +15,7 @@ from foveal.data.synthetic import (
     FIRST,
     SEPARATOR,
     SHAPES,
+    distant_values,
     key_values,
     key_values_vocabulary,
     markov,
@@ -53,6 +54,29 @@ def test_places_and_keys_vary():
 def test_impossible_retrieval_is_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         key_values(**{"batch": 1, "pairs": 6, "asked": 4, "generator": generator(), **changes})
+
+
+def test_distant_values_stand_behind_their_keys_far_away_and_the_rest_is_the_chain():
+    table, length, pairs, gap = transitions(10, 3, seed=4), 90, 5, 30
+    task = distant_values(40, length, pairs, gap, generator(), table=table, keys=8, values=6)
+    first_key, first_value = FIRST + 10, FIRST + 18
+    for ids, answer, near in zip(task.ids.tolist(), task.answer.tolist(), task.near.tolist(), strict=True):
+        at = [i for i, t in enumerate(ids) if first_key <= t < first_value]
+        told, asked = at[:pairs], at[pairs:]
+        values = {ids[i]: ids[i + 1] for i in told}
+        assert len(values) == pairs == len(asked) and all(v >= first_value for v in values.values())
+        assert asked[0] - (told[-1] + 1) >= gap and [values[ids[i]] for i in asked] == [ids[i + 1] for i in asked]
+        assert [i for i, yes in enumerate(answer) if yes] == [i + 1 for i in asked]
+        assert near.count(True) >= length - 1 - 6 * pairs
+        for i in (i for i, yes in enumerate(near) if yes):
+            assert float(table[ids[i - 1] - FIRST, ids[i] - FIRST]) > 0, "a token of the chain after its predecessor"
+
+
+@pytest.mark.parametrize("changes", [{"pairs": 9}, {"length": 49}, {"pairs": 0}])
+def test_distant_values_that_do_not_fit_are_refused(changes):
+    setting = {"batch": 1, "length": 60, "pairs": 5, "gap": 30, "keys": 8, **changes}
+    with pytest.raises(ConfigError, match="distant_values has length="):
+        distant_values(**setting, generator=generator(), table=transitions(10, 3, seed=4))
 
 
 def test_markov_follows_its_table():

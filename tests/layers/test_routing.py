@@ -121,6 +121,17 @@ def test_padding_is_never_a_member(mode, causal):
     assert torch.equal(routed(model, noise, state, valid)[kept], got[kept])
 
 
+@pytest.mark.parametrize("mode", ["strict", "paper"])
+def test_route_is_what_the_routing_heads_do(mode):
+    model, x = layer(mode=mode, mask_self=True), tokens()
+    q, _, v = heads_of(model, x)
+    out, coverage = model.route(q, v, state_of(model))
+    torch.testing.assert_close(out, by_definition(model, x, state_of(model)))
+    assert coverage == model(x, state_of(model)).coverage
+    with pytest.raises(UnsupportedError, match="causal"):
+        layer(mode="paper", causal=False).route(q, v, state_of(model))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_identity_1_one_cluster_of_everything_is_full_attention(causal):
     model = layer(mode="paper", causal=causal, clusters=1, window=N)

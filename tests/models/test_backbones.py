@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from foveal.core.budget import Budget
 from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
 from foveal.layers.rotary import rotary, rotate
-from foveal.models import DecoderLM, DiffusionLM, DiT, Memory, Pass, SelfAttention, ViT
+from foveal.models import DecoderLM, DiffusionLM, DiT, Memory, Pass, SelfAttention, ViT, blocks, shifted_factory
 from foveal.models.dit import signal
 from foveal.models.vit import coordinates
-from foveal.patterns import BlockTopK, Dense, SlidingWindow
+from foveal.patterns import BlockTopK, Dense, Rettention, SlidingWindow
 from foveal.policies import Policy, Rule
 
 VOCAB = 23
@@ -86,6 +87,87 @@ def test_a_memory_counts_the_tokens_of_whichever_layer_keeps_keys():
     memory = Memory()
     model(ids(1, 5), memory=memory)
     assert memory.length == 5
+
+
+# --- token shift ------------------------------------------------------------------------------------------------------
+
+
+def shifted(**changes: object) -> DecoderLM:
+    model = decoder(attention=shifted_factory(32, 4, 2), **changes)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.before.copy_(torch.linspace(-1, 2, 32))
+    return model
+
+
+def test_a_shifted_layer_sees_the_token_before_and_no_later_one():
+    model, x = shifted(depth=1), torch.randn(2, 6, 32, dtype=torch.float64)
+    layer, run = model.layers[0].attention, model.begin(ids(2, 6))
+    before = torch.stack([x[:, i - 1] if i else torch.zeros_like(x[:, 0]) for i in range(6)], 1)
+    expected = layer.attention(x + layer.before * before, model.begin(ids(2, 6)))
+    torch.testing.assert_close(layer(x, run), expected)
+    layer.before.data.zero_()
+    torch.testing.assert_close(layer(x, model.begin(ids(2, 6))), layer.attention(x, model.begin(ids(2, 6))))
+
+
+@pytest.mark.parametrize("cuts", [(7, 13), (1,) * 20, (12, 1, 1, 6)])
+def test_shifted_pieces_through_a_memory_equal_one_pass(cuts):
+    model, x, memory = shifted(), ids(2, 20), Memory()
+    parts = [model(part, SlidingWindow(5, 2), memory) for part in x.split(cuts, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(x, SlidingWindow(5, 2)), atol=1e-10, rtol=1e-10)
+
+
+def test_shifted_layers_ignore_left_padding():
+    model, x = shifted(), ids(1, 12)
+    padded, valid = torch.cat([ids(1, 5, seed=3), x], 1), torch.arange(17)[None] >= 5
+    run = model.begin(padded, valid=valid)
+    torch.testing.assert_close(model(padded, run=run)[:, 5:], model(x), atol=1e-9, rtol=1e-9)
+    memory = Memory()
+    first = model.begin(padded[:, :5], memory=memory, valid=valid[:, :5])
+    model(padded[:, :5], run=first)
+    second = model.begin(padded[:, 5:], memory=memory, valid=valid)
+    torch.testing.assert_close(model(padded[:, 5:], run=second), model(x), atol=1e-9, rtol=1e-9)
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def test_an_operator_runs_instead_of_a_pattern_and_keeps_its_state():
+    """With a mask that keeps everything Re-ttention changes nothing; with a window it must, except in its dense steps."""
+    model = trained_looking(DiT((4, 4), vocab_size=5, text=2, dim=32, depth=2)).double()
+    noise = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    text = ids(2, 2, vocab=5)
+    kinds: list[list[bool]] = []
+
+    def watch(run: Pass) -> None:
+        kinds.append([state.refreshed == run.step for state in run.states.values()])
+
+    dense = model.sample(noise, 5, text, guidance=2.0)
+    whole = Rettention(Dense(), warmup=1, period=2)
+    same = model.sample(noise, 5, text, guidance=2.0, policy=replace(whole, ramp=0.0), watch=watch)
+    torch.testing.assert_close(same, dense)
+    assert kinds == [[False] * 2, [True] * 2, [True] * 2, [False] * 2, [True] * 2], (
+        "the state went on from step to step"
+    )
+    near = model.sample(noise, 5, text, guidance=2.0, policy=replace(whole, pattern=SlidingWindow(2), ramp=0.0))
+    assert not torch.allclose(near, dense)
+
+
+def test_an_operator_is_not_measured():
+    model = DiT((3, 3))
+    run = model.begin(Rettention(Dense()), step=0, measuring=True)
+    with pytest.raises(UnsupportedError, match="rettention is an operator"):
+        model(torch.zeros(1, 1, 3, 3), torch.zeros(1), run=run)
+
+
+def test_rotary_tables_are_made_once_a_pass(monkeypatch):
+    made: list[int] = []
+    real = blocks.rotary
+    monkeypatch.setattr(blocks, "rotary", lambda *args: made.append(1) or real(*args))
+    model = decoder()
+    model(ids(1, 5))
+    model(ids(1, 7))
+    assert len(made) == 2
 
 
 def test_generate_is_greedy_and_stops():
@@ -183,6 +265,17 @@ def test_sampling_fills_every_mask_block_by_block(length, steps, block):
     if block is not None:
         per = steps // (length // block)
         assert blocks[per] == list(range(block, length)), "the first block is whole before the second begins"
+
+
+def test_tokens_that_are_given_stay_and_their_places_are_not_counted():
+    model, prompt = DiffusionLM(VOCAB, dim=16, depth=1).eval(), ids(2, 5)
+    given = torch.full((2, 8), model.mask)
+    given[:, ::2] = ids(2, 4, seed=1)
+    opened: list[int] = []
+    out = model.sample(prompt, 8, 4, block=4, given=given, watch=lambda run: opened.append(run.step))
+    assert torch.equal(out[:, 5::2], given[:, ::2]) and not bool((out == model.mask).any()) and opened == [0, 1, 2, 3]
+    with pytest.raises(ShapeError, match=r"given has shape \(2, 7\); expected \(2, length=8\)"):
+        model.sample(prompt, 8, 4, given=given[:, 1:])
 
 
 def test_sampling_keeps_the_most_confident_first():

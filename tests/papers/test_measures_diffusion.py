@@ -45,9 +45,21 @@ def test_drifting_tensors_and_their_errors(tmp_path: Path, monkeypatch: pytest.M
     assert len(steps) == rettention.STEPS and torch.equal(steps[3][0], rettention.drifting(1, 0.02, 1.7)[3][0])
     exact, ratio = rettention.errors(0, 0.02, 1.7, {"plain": Rettention(Dense(), warmup=0, mode="plain")})
     assert exact["plain"] < 1e-6 and ratio == pytest.approx(1.0, abs=1e-5)
+    pictures = {
+        "1/32": {name: {"mean": dB} for name, dB in (("plain", 9.0), ("residual", 16.0), ("reshape λ=0.0", 17.0))}
+    }
+    monkeypatch.setattr(rettention.rettention_digits, "table", lambda seeds: pictures)
+    monkeypatch.setattr(rettention, "OTHER", ())
     result = rettention.measure_reshape(seeds=1, out=tmp_path)
     claim = next(c for c in load_card("rettention").claims if c.id == "reshape-beats-residual")
     assert claim.measured_by == "foveal.papers.measures.rettention:measure_reshape"
     assert json.loads((tmp_path / "rettention" / f"{claim.id}.json").read_text()) == result
-    main = result["measured"]["settings"][0]
-    assert (result["verdict"] == "direction holds") == (main["reshape"] < main["residual"] < main["plain"])
+    measured = result["measured"]
+    main = measured["settings"][0]
+    assert main["reshape"] < main["residual"] < main["plain"]
+    assert measured["criterion_met"]["digits"] and measured["digits_psnr"] == pictures
+    assert (result["verdict"] == "reproduced") == measured["criterion_met"]["drifting tensors"]
+    pictures["1/32"]["plain"]["mean"] = 12.0  # reshape gains less than 6 dB
+    assert rettention.measure_reshape(seeds=1, out=tmp_path)["verdict"] == "direction holds"
+    pictures["1/32"]["reshape λ=0.0"]["mean"] = 14.0  # below residual
+    assert rettention.measure_reshape(seeds=1, out=tmp_path)["verdict"] == "not reproduced"

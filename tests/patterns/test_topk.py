@@ -163,21 +163,27 @@ def decode_loop(pattern, q, k, b, h):
     n, group, size = k.shape[2], q.shape[1] // k.shape[1], pattern.kv_block
     one = q[b, h, 0] if pattern.per_head else q[b, h // group * group : (h // group + 1) * group, 0].mean(0)
     tail = max(0, min((n - 1) // size * size, n - pattern.local)) // size * size
-    sinks = set(range(min(pattern.sinks, tail)))
+    kept = set(range(min(pattern.sinks, tail))) | set(range(tail, n))
     target = pattern.budget.density * n if pattern.budget.density else min(pattern.budget.tokens, n)
-    room = (target - (n - tail) - len(sinks)) / size + (0.5 if pattern.budget.density else 0)
+    slack = 0.5 if pattern.budget.density else 0.0
     ranked = sorted(
         range(tail // size), key=lambda c: -float(one @ k[b, h // group, c * size : (c + 1) * size].mean(0))
     )
-    kept = sinks | set(range(tail, n))
-    for c in ranked[: max(0, math.floor(room + 1e-9))]:
-        kept |= set(range(c * size, (c + 1) * size))
+    room = target - len(kept)
+    for c in ranked:
+        new = set(range(c * size, (c + 1) * size)) - kept  # a sink inside a block is not paid for twice
+        if len(new) * (1 - slack) > room + 1e-9:
+            break
+        room -= len(new)
+        kept |= new
     return kept
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=50), Budget(density=0.4), Budget(tokens=3), Budget(tokens=40)])
 @pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize(("sinks", "local", "length"), [(4, 1, 100), (0, 20, 97), (12, 0, 96), (4, 1, 7), (0, 1, 96)])
+@pytest.mark.parametrize(
+    ("sinks", "local", "length"), [(4, 1, 100), (0, 20, 97), (12, 0, 96), (4, 1, 7), (0, 1, 96), (16, 1, 100)]
+)
 def test_decode_equals_a_loop(budget, per_head, sinks, local, length):
     pattern = BlockTopK(budget, 32, 8, sinks, local, per_head)
     q, k = tensors(length=length, q_len=1)
@@ -190,6 +196,36 @@ def test_decode_mass_reaches_its_share():
     q, k = tensors(length=100, q_len=1, batch=1)
     counts = [int(pairs(BlockTopK(Budget(mass=m), 32, 8), 4 * q, k)[0].sum()) for m in (0.2, 0.5, 0.8, 0.99)]
     assert counts == sorted(counts) and counts[0] < counts[-1] < 4 * 100
+
+
+def test_a_block_of_sinks_is_not_paid_for_twice():
+    """Blocks 0 and 1 are sinks and the best match: the budget still buys two more blocks."""
+    q, k = tensors(length=65, q_len=1, batch=1, heads=1, kv_heads=1)
+    k[:, :, :16] = q / q.norm()
+    budget = Budget(tokens=16 + 1 + 16)
+    kept, _ = pairs(BlockTopK(budget, 32, 8, sinks=16), q, k)
+    assert int(kept.sum()) == 33 and bool(kept[..., :16].all())
+
+
+@pytest.mark.parametrize("sinks", [0, 5, 8, 16])
+def test_decode_mass_counts_every_key_once(sinks):
+    """With keys equal inside each block, the estimated masses are the true ones: the kept share reaches what was asked, with one
+    block less it would not."""
+    q, k = tensors(length=81, q_len=1, batch=1, heads=1, kv_heads=1)
+    k[:, :, :80] = k[:, :, :80:8].repeat_interleave(8, 2)
+    q, size = 2 * q, 8
+    weight = torch.softmax((q @ k.transpose(-1, -2))[0, 0, 0] / k.shape[-1] ** 0.5, -1)
+    for mass in (0.3, 0.6, 0.9):
+        kept, _ = pairs(BlockTopK(Budget(mass=mass), 32, size, sinks=sinks), q, k)
+        seen = kept[0, 0, 0]
+        assert float(weight[seen].sum()) >= mass - 1e-9
+        extra = [
+            float(weight[c * size : (c + 1) * size][torch.arange(c * size, (c + 1) * size) >= sinks].sum())
+            for c in range(10)
+            if bool(seen[c * size : (c + 1) * size].all()) and (c + 1) * size > sinks
+        ]
+        if extra:
+            assert float(weight[seen].sum()) - min(extra) < mass + 1e-9
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=40), Budget(density=0.5), Budget(mass=0.7)])

@@ -59,6 +59,8 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     fit(model, task(model), 3, checkpoint=path)
     with pytest.raises(ConfigError, match="was made with"):
         fit(model, task(model), 4, checkpoint=path)
+    with pytest.raises(ConfigError, match="was made with"):
+        fit(model, task(model), 3, checkpoint=path, told={"loss": "another"})
     other = nn.Linear(3, 1)
     with pytest.raises(ConfigError, match="another model"):
         fit(other, task(other), 3, checkpoint=path)

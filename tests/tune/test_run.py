@@ -12,6 +12,7 @@ from foveal.core.errors import ConfigError, DataError, FovealError, ModelError
 from foveal.patterns import BlockTopK, Dense, SlidingWindow
 from foveal.policies import Policy
 from foveal.tune import TuneOptions, run_tune
+from foveal.tune.candidates import FURTHER, further
 from tests.tune.tiny import save_tiny_model
 
 
@@ -118,6 +119,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path, few, monk
     assert (tmp_path / "out" / "journal.jsonl").read_text().splitlines()[: len(kept)] == kept
 
 
+def test_further_patterns_join_a_run_that_was_made_without_them(folder, tmp_path, few, monkeypatch):
+    from foveal.tune.meter import Meter
+
+    first = run_tune(options(folder, tmp_path / "out", search=False))
+    measured: list[str] = []
+    real = Meter.decoding
+
+    def noted(self, *args, **kwargs):
+        measured.append("decoding")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Meter, "decoding", noted)
+    more = run_tune(options(folder, tmp_path / "out", search=False, patterns=("xattention", "moba")))
+    old = [c["name"] for c in first["candidates"]]
+    assert [c["name"] for c in more["candidates"]] == [
+        *old, "moba 25 %", "moba 12.5 %", "xattention 95 %", "xattention 80 %",
+    ]  # fmt: skip
+    assert len(measured) == 5, "dense once more in this session, and the four new ones"
+    moba = next(c for c in more["candidates"] if c["name"] == "moba 25 %")
+    assert moba["policy"]["default"]["prefill"] == {"pattern": "moba", "block": 8, "top_k": 8} and moba["density"] < 0.6
+
+
+@pytest.mark.parametrize("context", [64, 4096, 131072])
+def test_every_further_pattern_can_be_made_at_any_context(context):
+    found = further(tuple(FURTHER), context)
+    assert len({c.name for c in found}) == len(found) > len(FURTHER)
+    assert {c.policy.default.prefill.registered_name for c in found} == {"moba", "xattention", "triangle", "dhsa"}
+    assert further((), context) == []
+
+
 def test_loss_figures_repeat_exactly_with_the_same_seed(folder, tmp_path, few):
     one = run_tune(options(folder, tmp_path / "a", search=False))
     two = run_tune(options(folder, tmp_path / "b", search=False))
@@ -166,8 +197,12 @@ def test_nan_weights_are_named(folder, tmp_path, few):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"context": 10}, {"decode_tokens": 200}, {"max_ppl_increase": 0.0}, {"seed": -1}, {"context": "many"}]
-)
+    "changes",
+    [
+        {"context": 10}, {"decode_tokens": 200}, {"max_ppl_increase": 0.0}, {"seed": -1}, {"context": "many"},
+        {"patterns": ("mobba",)},
+    ],
+)  # fmt: skip
 def test_options_are_checked_before_anything_is_loaded(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         TuneOptions(**{"model": "smollm2", "context": 256, **changes})

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
-from ... import __version__
 from ...core.errors import ConfigError, nearest
+from ...core.provenance import provenance
 from ..cards import CHECKOUT_RESULTS, VERDICTS, load_card
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, memory and accelerator of this machine."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    found: dict[str, Any] = {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
-    if torch.cuda.is_available():
-        found["accelerator"] = torch.cuda.get_device_name()
-    return found
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """``mean`` and ``spread`` (standard deviation, 0 for one) over seeds."""
+    return {"mean": round(fmean(values), 5), "spread": round(stdev(values), 5) if len(values) > 1 else 0.0}
+
+
+def sign_test(differences: Sequence[float]) -> dict[str, Any]:
+    """How many differences are positive and negative, and the two-sided p of the sign test; ties are left out."""
+    up, down = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down)
+    return {"positive": up, "negative": down, "p": round(min(1.0, 2 * tail), 4)}
 
 
 def write_result(
@@ -55,6 +47,7 @@ def write_result(
         raise ConfigError(f"papers: {slug} has no claim {claim_id!r}. {nearest(claim_id, claims)}")
     if verdict not in [str(v) for v in VERDICTS]:
         raise ConfigError(f"verdict is {verdict!r}; expected one of {', '.join(repr(str(v)) for v in VERDICTS)}.")
+    here = provenance()
     result = {
         "schema": 1,
         "paper": slug,
@@ -65,8 +58,9 @@ def write_result(
         "measured": measured,
         "seed": seed,
         "date": datetime.date.today().isoformat(),
-        "versions": {"foveal": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": machine(),
+        "versions": {name: here[name] for name in ("foveal", "torch", "python")},
+        "machine": here["machine"],
+        "git": here["git"],
     }
     path = (CHECKOUT_RESULTS if out is None else out) / slug / f"{claim_id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

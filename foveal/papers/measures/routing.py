@@ -67,8 +67,7 @@ def _case(n: int, g: torch.Generator, seed: int) -> tuple[RoutingAttention, Tens
 
 
 def _route(layer: RoutingAttention, q: Tensor, v: Tensor, state: Centroids) -> Tensor:
-    base = layer._base(q.shape[2], q.shape[2], None, q.device, False)
-    return layer._paper(q, q, v, q, q, state, base, None)[0]
+    return layer.route(q, v, state)[0]
 
 
 def slope(x: list[float], y: list[float]) -> float:

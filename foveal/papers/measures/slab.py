@@ -89,7 +89,7 @@ def _trained(seed: int, steps: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
 
 def measure_fold(seeds: int = 5, seed: int = 0, steps: int = 60, out: Path | None = None) -> dict[str, Any]:
     """Claim ``fold-identity``: RepBN with random statistics against its affine form, its one-batch-norm form and the folded layer; whole
-models, trained through the schedule, before and after. A softmax ViT with random statistics is reported beside them."""
+    models, trained through the schedule, before and after. A softmax ViT with random statistics is reported beside them."""
     errors: dict[str, float] = {}
     models: dict[str, float] = {}
     for s in range(seed, seed + seeds):
