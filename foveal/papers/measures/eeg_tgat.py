@@ -26,9 +26,9 @@ from ...recipes.classify import accuracy, train_classifier
 from .results import write_result
 
 SLOT, SAMPLES, ELECTRODES = (24, 36), 64, 8
-TRAIN_TRIALS, TEST_TRIALS, EPOCHS, SEEDS, RATE = 200, 100, 8, 3, 3e-3
+TRAIN_TRIALS, TEST_TRIALS, EPOCHS, SEEDS, RATE = 150, 75, 8, 2, 3e-3
 LEAK_TRIALS, LEAK_EPOCHS = 50, 10
-KEYS, LOOKUP_STEPS = (4, 8, 16), 1300
+KEYS, LOOKUP_STEPS = (4, 8, 16), 800
 
 
 def net(seed: int, fusion: Fusion = "per_node", **options: Any) -> EEGtGAT:
