@@ -185,7 +185,10 @@ def test_identity_7_more_features_come_closer_to_softmax() -> None:
     torch.testing.assert_close(exact, dense(model, x))
 
     def error(m: int) -> float:
-        return sum(float((to_random_features(model, m, seed=s)(x) - exact).detach().square().mean()) for s in range(6)) ** 0.5
+        return (
+            sum(float((to_random_features(model, m, seed=s)(x) - exact).detach().square().mean()) for s in range(6))
+            ** 0.5
+        )
 
     slope = math.log(error(4096) / error(64)) / math.log(64)
     assert -0.65 < slope < -0.35, "about m^-1/2"
