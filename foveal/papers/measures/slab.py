@@ -163,7 +163,9 @@ def measure_speed(
     plain, fast = vit(), vit()
     convert_norms(fast, 1, start="zero")
     set_progress(fast, 1)
-    for m in fast.modules():  # plain batch norms with the statistics of these pictures: speed does not depend on the values
+    for (
+        m
+    ) in fast.modules():  # plain batch norms with the statistics of these pictures: speed does not depend on the values
         if isinstance(m, RepBN):
             nn.init.ones_(m.bn.weight)
     refresh_statistics(fast, _call_model, [image] * 20)
