@@ -201,11 +201,11 @@ def deit_shaped(seed: int) -> ViT:
     model = with_layer_norm(ViT(10, 1, 2, DIM, DEPTH, HEADS, seed=seed))
     g = torch.Generator().manual_seed(seed)
     for layer in model.layers:
-        mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
-        for part, scale in ((mlp[0], 1.0), (mlp[2], (2 * DEPTH) ** -0.5)):
+        up, down = nn.Linear(DIM, 4 * DIM), nn.Linear(4 * DIM, DIM)
+        for part, scale in ((up, 1.0), (down, (2 * DEPTH) ** -0.5)):
             nn.init.normal_(part.weight, std=scale * part.in_features**-0.5, generator=g)
             nn.init.zeros_(part.bias)
-        layer.set_submodule("mlp", mlp)
+        layer.set_submodule("mlp", nn.Sequential(up, nn.GELU(), down))
     return model
 
 
