@@ -1,6 +1,6 @@
 """How fast linear attention and the Toeplitz product are, and how they grow with the length.
 
-Usage: python benchmarks/linear_speed.py [--repeats 5] [--scale 1.0] [--out benchmarks/results/linear_speed.json]
+Usage: python benchmarks/linear_speed.py [--repeats 5] [--scale 1.0] [--cpu-time] [--out benchmarks/results/linear_speed.json]
 
 - ``linear``: one head of 64, float32, 16k tokens, both directions and causal, beside torch's SDPA of the same kind; the exponent
   is the slope of log time over log length from 4k to 64k tokens.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from foveal.kernels.linear import linear_attention
 from foveal.kernels.linear_ragged import linear_attention_packed
 from foveal.kernels.toeplitz import toeplitz_matmul
 
+CLOCK = time.perf_counter
 SEED, DIM, LENGTH = 0, 64, 16384
 LINEAR_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 TOEPLITZ_LENGTHS, COLUMNS = (2048, 4096, 8192, 16384, 32768), 32
@@ -78,9 +80,9 @@ def linear(repeats: int, scale: float) -> dict[str, Any]:
         }
         lengths = [int(m * scale) for m in LINEAR_LENGTHS]
         jobs = {str(m): partial(linear_attention, *tensors(m), causal=causal) for m in lengths}
-        found = interleaved(jobs, repeats)
+        found = interleaved(jobs, repeats, clock=CLOCK)
         rows[name] = {
-            **summary(interleaved(pair, repeats), "sdpa"),
+            **summary(interleaved(pair, repeats, clock=CLOCK), "sdpa"),
             "growth_exponent": growth({m: min(found[str(m)]) for m in lengths}),
             "milliseconds_by_length": {m: 1e3 * min(values) for m, values in found.items()},
         }
@@ -95,7 +97,7 @@ def toeplitz(repeats: int, scale: float) -> dict[str, Any]:
         for m in (int(m * scale) for m in TOEPLITZ_LENGTHS):
             c, a = torch.rand(1, 2 * m - 1, generator=g), torch.rand(1, m, COLUMNS, generator=g)
             jobs[str(m)] = partial(toeplitz_matmul, c, a, precision=precision)  # type: ignore[arg-type]
-        found = {m: min(values) for m, values in interleaved(jobs, repeats).items()}
+        found = {m: min(values) for m, values in interleaved(jobs, repeats, clock=CLOCK).items()}
         out[precision] = {
             "growth_exponent": growth({int(m): s for m, s in found.items()}),
             "milliseconds_by_length": {m: 1e3 * s for m, s in found.items()},
@@ -135,8 +137,10 @@ def ragged(repeats: int, scale: float) -> dict[str, Any]:
             "sets": count,
             "rows": int(cu[-1]),
             "padded_rows_over_rows": valid.numel() / int(cu[-1]),
-            "forward": summary(interleaved({j: partial(run, q, k, v) for j, run in pair.items()}, repeats), "padded"),
-            "forward_backward": summary(interleaved(both, repeats), "padded"),
+            "forward": summary(
+                interleaved({j: partial(run, q, k, v) for j, run in pair.items()}, repeats, clock=CLOCK), "padded"
+            ),
+            "forward_backward": summary(interleaved(both, repeats, clock=CLOCK), "padded"),
         }
     return rows
 
@@ -155,7 +159,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of every length, for trying the script out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linear_speed.json")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, and its processor time: for a busy machine"
+    )
     args = parser.parse_args()
+    if args.cpu_time:
+        global CLOCK
+        CLOCK = time.process_time
+        torch.set_num_threads(1)
     load = load_average()
     with torch.no_grad():
         lines, products = linear(args.repeats, args.scale), toeplitz(args.repeats, args.scale)
@@ -194,6 +205,7 @@ def main() -> None:
     result = {
         "what": "linear attention beside SDPA, the Toeplitz product's growth, packed beside padded sets; interleaved runs",
         "targets": targets,
+        "clock": CLOCK.__name__,
         "threads": torch.get_num_threads(),
         "load_before": load,
         "repeats": args.repeats,

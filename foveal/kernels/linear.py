@@ -171,7 +171,7 @@ def divided(out: Tensor, normalise: bool, eps: float) -> Tensor:
         return out
     divisor = out[..., -1:] + eps
     blind = divisor == 0
-    return (out[..., :-1] / divisor.masked_fill(blind, 1.0)).masked_fill(blind, 0.0)
+    return out[..., :-1] * divisor.masked_fill(blind, 1.0).reciprocal().masked_fill(blind, 0.0)
 
 
 def joined_state(

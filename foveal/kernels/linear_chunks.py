@@ -24,7 +24,7 @@ from .pooling import full_precision
 
 CHUNK = 64
 """Rows per chunk: work inside chunks grows with it, the number of states falls with it."""
-CPU_SLAB = 1 << 15
+CPU_SLAB = 1 << 16
 """State and score elements that one step of the loop makes on CPU, so that they stay in the cache."""
 GPU_SLAB = 1 << 26
 CONVERT_ROWS = 1 << 12
@@ -131,6 +131,11 @@ def _chunks(
             added = torch.bmm(kc.flatten(0, 1).mT, vc.flatten(0, 1)).unflatten(0, qc.shape[:2])
             before, carried = _running(added, carried, reverse)
             scores = torch.bmm(qc.flatten(0, 1), kc.flatten(0, 1).mT).masked_fill_(hide, 0.0)
+            if gq == 1 and qc.shape[0] == 1 and out[head, 0].is_contiguous():  # whole rows in place
+                place = out[head, 0, rows].view(flat, width, d)
+                torch.bmm(qc[0], before.reshape(flat, f, d), out=place)
+                place.baddbmm_(scores, vc[0])
+                continue
             part = torch.bmm(qc.flatten(0, 1), before.reshape(flat, f, d)).baddbmm_(scores, vc.flatten(0, 1))
             part = part.view(qc.shape[0], -1, gq, width, d)
             out[own, :, rows].unflatten(2, (-1, width)).copy_(part.transpose(1, 2))

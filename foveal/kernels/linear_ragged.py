@@ -25,8 +25,10 @@ from .linear import (
 )
 from .linear_chunks import Product, sums
 
-SMALLEST, LARGEST = 8, 64
-"""Rows per chunk that are chosen without being asked."""
+CHOICES = (8, 16, 32, 64)
+"""Rows per chunk to choose from without being asked."""
+CHUNK_COST = 6
+"""What a chunk costs beside its rows, in rows: its state is written and read."""
 BLOCK = 1 << 20
 """State elements of the chunks that are worked on at once."""
 
@@ -53,7 +55,7 @@ def linear_attention_packed(
             their order. A set may be empty.
         causal, normalise, eps: as in :func:`foveal.kernels.linear.linear_attention`.
         state: one per set, with W in the place of B.
-        chunk: rows per chunk; default the power of two near the mean set size, from 8 to 64.
+        chunk: rows per chunk; default what wastes least: a power of two from 8 to 64, or the largest set when it is that small.
         impl: ``"fast"``, or ``"reference"``, a loop over sets in float64.
 
     Returns:
@@ -116,6 +118,15 @@ def _reference(
     return torch.cat(outs), LinearState(torch.cat(kvs), torch.cat(ks))
 
 
+def _cheapest(sizes: Tensor) -> int:
+    """The chunk size for which all chunks together cost least."""
+    largest = int(sizes.max()) if len(sizes) else 0
+    choices = (*CHOICES, largest) if 0 < largest <= CHOICES[-1] else CHOICES
+    rows = torch.tensor(choices, device=sizes.device)
+    counts = ((sizes[:, None] + rows - 1) // rows).sum(0)
+    return choices[int((counts * (rows + CHUNK_COST)).argmin())]
+
+
 @dataclass(frozen=True, eq=False)
 class Pieces:
     """Sets cut into n chunks of g rows.
@@ -138,9 +149,7 @@ class Pieces:
         """Cut the sets ``cu_seqlens`` into chunks of ``chunk`` rows, or of a size that fits their mean."""
         cu = cu_seqlens.long()
         sizes = cu.diff()
-        if chunk is None:
-            mean = int(cu[-1]) // max(1, int((sizes > 0).sum()))
-            chunk = max(SMALLEST, min(LARGEST, 1 << max(0, mean - 1).bit_length()))
+        chunk = _cheapest(sizes) if chunk is None else chunk
         counts = (sizes + chunk - 1) // chunk
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=cu.device), counts)
         step = torch.arange(len(owner), device=cu.device) - (counts.cumsum(0) - counts)[owner]

@@ -322,6 +322,8 @@ def test_chunks_of_packed_sets_waste_less_than_a_chunk_each() -> None:
     plan = Pieces.cut(cu, 16)
     assert len(plan.owner) == 1 + 0 + 1 + 2 + 3 and int(plan.filled.sum()) == sum(sizes)
     assert Pieces.cut(torch.tensor([0, 16, 48]), 16).whole
+    even = Pieces.cut(torch.arange(0, 211, 21))
+    assert even.whole and even.rows.shape == (10, 21), "sets of one size waste nothing"
 
 
 @pytest.mark.parametrize("cu", [[0, 5, 4, 9], [1, 9], [0, 8], [0.0, 9.0]])

@@ -264,7 +264,7 @@ def test_autocast_bfloat16_and_zero_rows(n: int) -> None:
     x[:, 3] = 0
     with torch.no_grad():
         model.qkv.bias.zero_()
-    exact = model(x)
+    exact = model.requires_grad_(False)(x)
     assert bool(torch.isfinite(exact).all())
     with torch.autocast("cpu", torch.bfloat16):
         low = model(x)
@@ -294,7 +294,7 @@ def test_from_multihead_softmax_is_the_same_function() -> None:
     x = tokens(15)
     wanted, _ = host(x, x, x)
     torch.testing.assert_close(from_multihead(host, 8, kernel="softmax")(x), wanted)
-    errors = [float((from_multihead(host, m, seed=1)(x) - wanted).abs().mean()) for m in (8, 2048)]
+    errors = [float((from_multihead(host, m, seed=1)(x) - wanted).detach().abs().mean()) for m in (8, 2048)]
     assert errors[1] < 0.4 * errors[0]
     with pytest.raises(UnsupportedError, match="dropout"):
         from_multihead(nn.MultiheadAttention(DIM, HEADS, dropout=0.1), 8)

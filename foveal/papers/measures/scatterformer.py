@@ -79,7 +79,7 @@ def measure_padding(repeats: int = 5, seed: int = 0, out: Path | None = None) ->
     return write_result("scatterformer", "no-padding-cost", verdict, numbers, seed=seed, out=out)
 
 
-WINDOW, GRID, FILLED, SCENES, DIM, STEPS = 4, (2, 16, 16), 0.4, 4, 32, 150
+WINDOW, GRID, FILLED, SCENES, DIM, STEPS = 4, (2, 16, 16), 0.4, 2, 32, 80
 VARIANTS = {"full": {}, "no attention": {"attention": False}, "no interaction": {"interaction": False}}  # fmt: skip
 
 
