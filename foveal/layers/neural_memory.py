@@ -74,6 +74,9 @@ class NeuralMemory(nn.Module):
         for name, value in (("head_dim", size), ("depth", depth), ("chunk", chunk), ("conv", conv)):
             if value < 1:
                 raise ConfigError(f"NeuralMemory.{name} is {value}; expected at least 1.")
+        for name, number in (("theta_max", theta_max), ("expand", expand)):
+            if number is not None and not number > 0:
+                raise ConfigError(f"NeuralMemory.{name} is {number}; expected a number above 0.")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"NeuralMemory.activation is {activation!r}. {nearest(activation, ACTIVATIONS)}")
         self.num_heads, self.head_dim, self.chunk, self.conv_width = num_heads, size, chunk, conv
@@ -86,7 +89,7 @@ class NeuralMemory(nn.Module):
         self.gates = nn.Linear(dim, 3 * num_heads, bias=False)
         start = torch.tensor([-4.0, 0.0, 0.0])  # of α, η, θ before their sigmoids: forget little at first
         self.gate_offset = nn.Parameter(start.repeat_interleave(num_heads))
-        inner = int(size * expand)
+        inner = max(int(size * expand), 1)
         sizes = [size, *[inner] * (depth - 1), size]
         self.initial = nn.ParameterList(
             nn.Parameter(torch.randn(num_heads, o, i) * i**-0.5) for i, o in pairwise(sizes)

@@ -318,6 +318,7 @@ def test_another_chunk_or_segment_is_refused():
         (lambda: memory(activation="relu"), ConfigError, "activation is 'relu'"),
         (lambda: memory(num_heads=5), ConfigError, "num_heads=5"),
         (lambda: memory(depth=0), ConfigError, "depth is 0"),
+        (lambda: memory(theta_max=-0.1), ConfigError, "theta_max is -0.1"),
         (lambda: memory()(tokens()[..., :5]), ShapeError, r"\(batch, length, 12\)"),
         (lambda: memory()(tokens(), memory().init_state(3)), ShapeError, "batch 3"),
         (lambda: LMM(DIM, persistent=-1), ConfigError, "persistent is -1"),

@@ -54,3 +54,12 @@ def test_verdicts_of_recall_follow_from_the_criteria(values, verdict, monkeypatc
     found = dict(zip(rcmha.FORMS, values, strict=True))
     monkeypatch.setattr(rcmha, "trained", lambda f, n, s, k: (found[f],))
     assert rcmha.measure_recall(out=tmp_path)["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("pair", "verdict"),
+    [((1.0, 0.95), "reproduced"), ((1.0, 0.5), "not reproduced"), ((0.25, 0.26), "not reproduced")],
+)
+def test_transfer_of_what_was_not_learned_counts_for_nothing(pair, verdict, monkeypatch, tmp_path):
+    monkeypatch.setattr(rcmha, "trained", lambda f, n, s, k: pair)
+    assert rcmha.measure_transfer(out=tmp_path)["verdict"] == verdict

@@ -23,7 +23,7 @@ from ...models import DecoderLM, Recurrent
 from ...recipes.fit import fit
 from .results import write_result
 
-DIM, CHUNK, BATCH, STEPS, RATE, SEEDS = 32, 4, 32, 250, 5e-3, 3
+DIM, CHUNK, BATCH, STEPS, RATE, SEEDS = 32, 4, 32, 400, 5e-3, 3
 PAIRS, KEYS, VALUES, TESTED = 4, 16, 16, 512
 """Pairs of a recall sequence, sizes of the vocabularies, held-out sequences."""
 
