@@ -143,7 +143,8 @@ def listed(length: int, dtype: torch.dtype, grad: bool) -> dict[str, Job]:
     make = torch.Generator().manual_seed(SEED)
     q, k, v = (t.requires_grad_(grad) for t in tensors(length, dtype))
     upstream = torch.randn(q.shape, generator=make).to(dtype)
-    blocks, routed = length // 64, 4
+    blocks = length // 64
+    routed = min(4, blocks)
     lists = torch.stack([torch.randperm(length, generator=make)[: int(DENSITY * length)] for _ in range(blocks)])
     cuts = torch.randperm(length - 1, generator=make)[:30].sort().values + 1
     bounds = torch.cat([torch.tensor([0]), cuts, torch.tensor([length])])
