@@ -2,7 +2,7 @@
 //
 // A task owns every `splits`-th block of keys of one key head: its dK and dV stay in the cache while all rows of all query
 // heads of the group pass by. dQ is summed in a copy per split, and the copies are added in order: the result never depends
-// on which thread did what.
+// on which thread did what. Key heads take turns, as in the forward pass.
 #pragma once
 
 #include "backward_step.hpp"
@@ -19,10 +19,12 @@ struct Backward : BackwardStep<P> {
   const long splits;
   const long group = p.heads / p.kv_heads;
   const long row_panels = ceil_div(p.q_len, PANEL), key_blocks = ceil_div(p.kv_len, KEY_PANELS * PANEL);
+  const long turn;           // key heads (of all batch rows) per turn
+  long first = 0, here = 0;  // key heads of this turn; heads and key heads are counted from there on
 
   Unit *rows = nullptr, *keys = nullptr;
   typename Step::PerRow per_row;  // of every row of every panel
-  float* dq = nullptr;            // [splits][head][panel][dim][64]
+  float* dq = nullptr;            // [splits][head of the turn][panel][dim][64]
   double* dbias = nullptr;        // [task][heads of the group][column]
   std::uint64_t* valid_bits = nullptr;
   Chunk* pieces = nullptr;  // rows cut at panels and at tiles, per batch of bounds
@@ -32,19 +34,28 @@ struct Backward : BackwardStep<P> {
 
   Backward(const Problem& problem, const Gradients& gradients, int threads)
       : Step{problem, gradients},
-        splits(copies_for(problem.batch * problem.kv_heads, ceil_div(problem.kv_len, KEY_PANELS * PANEL), threads)) {}
+        splits(copies_for(problem.batch * problem.kv_heads, ceil_div(problem.kv_len, KEY_PANELS * PANEL), threads)),
+        turn(heads_per_turn(threads)) {}
+
+  // The fewest key heads that keep all threads equally busy, with enough work to be worth a turn.
+  long heads_per_turn(int threads) const {
+    const long all = p.batch * p.kv_heads;
+    long t = least(all, ceil_div(16 * threads, group * row_panels));
+    while (t < all && t * splits % threads) t++;
+    return t;
+  }
 
   RowPanel row_panel(long head, long panel) const {
-    const long at = head * row_panels + panel, first = panel * PANEL;
-    return this->rows_in(rows + at * this->row_units, per_row.from(at * PANEL), head / p.heads, Rows{head % p.heads * p.q_len + first},
-                         least(PANEL, p.q_len - first));
+    const long at = (head - first * group) * row_panels + panel, row = panel * PANEL;
+    return this->rows_in(rows + at * this->row_units, per_row.from(at * PANEL), head / p.heads, Rows{head % p.heads * p.q_len + row},
+                         least(PANEL, p.q_len - row));
   }
   KeyBlock key_block(long kv, long block) const {
-    const long first = block * KEY_PANELS * PANEL;
-    return this->keys_in(keys + (kv * key_blocks + block) * this->key_units, Rows{first}, least(KEY_PANELS * PANEL, p.kv_len - first));
+    const long key = block * KEY_PANELS * PANEL;
+    return this->keys_in(keys + ((kv - first) * key_blocks + block) * this->key_units, Rows{key}, least(KEY_PANELS * PANEL, p.kv_len - key));
   }
   float* dq_panel(long split, long head, long panel) const {
-    return dq + ((split * p.batch * p.heads + head) * row_panels + panel) * p.dim * PANEL;
+    return dq + ((split * turn * group + head - first * group) * row_panels + panel) * p.dim * PANEL;
   }
   long bias_columns() const { return group * (2 * p.reach + 1); }
 
@@ -60,9 +71,9 @@ struct Backward : BackwardStep<P> {
     scratch_bytes = own.at - (char*)nullptr;
     Carve memory{at};
     scratch = memory.take<char>(threads * scratch_bytes);
-    const long heads = p.batch * p.heads, most_pieces = row_panels + (p.visible.kinds ? p.visible.q_tiles : 1);
+    const long heads = turn * group, most_pieces = row_panels + (p.visible.kinds ? p.visible.q_tiles : 1);
     rows = memory.take<Unit>(heads * row_panels * this->row_units);
-    keys = memory.take<Unit>(p.batch * p.kv_heads * key_blocks * this->key_units);
+    keys = memory.take<Unit>(turn * key_blocks * this->key_units);
     per_row = Step::PerRow::take(p, memory, heads * row_panels * PANEL);
     dq = memory.take<float>(splits * heads * row_panels * p.dim * PANEL);
     dbias = g.dbias ? memory.take<double>(p.batch * p.kv_heads * splits * bias_columns()) : nullptr;
@@ -88,16 +99,16 @@ struct Backward : BackwardStep<P> {
 
   // Tasks of the first round: one panel of rows, one block of keys.
   void pack_rows_of(long index, int worker) const {
-    this->pack_queries(row_panel(index / row_panels, index % row_panels), -1, scratch_of(worker).temp);
+    this->pack_queries(row_panel(first * group + index / row_panels, index % row_panels), -1, scratch_of(worker).temp);
   }
   void pack_keys_of(long index, int worker) const {
-    const long kv = index / key_blocks;
+    const long kv = first + index / key_blocks;
     this->pack_keys(key_block(kv, index % key_blocks), kv / p.kv_heads, kv % p.kv_heads, scratch_of(worker).temp);
   }
 
   // Task of the second round: dk and dv of every splits-th block of keys of one key head, and its part of dq.
   void differentiate(long index, int worker) const {
-    const long split = index / (p.batch * p.kv_heads), kv = index % (p.batch * p.kv_heads), b = kv / p.kv_heads, h_kv = kv % p.kv_heads;
+    const long split = index / here, kv = first + index % here, b = kv / p.kv_heads, h_kv = kv % p.kv_heads;
     Scratch mine = scratch_of(worker);
     const long first_head = b * p.heads + h_kv * group;
     if (dbias) {
@@ -154,18 +165,18 @@ struct Backward : BackwardStep<P> {
 
   // Task of the last round: dq of one panel of rows, from its splits in order.
   void write_rows(long index, int worker) const {
-    const long head = index / row_panels, panel = index % row_panels;
+    const long head = first * group + index / row_panels, panel = index % row_panels;
     Scratch mine = scratch_of(worker);
     float* sum = dq_panel(0, head, panel);
     for (long split = 1; split < splits; split++) {
       const float* more = dq_panel(split, head, panel);
       for (long i = 0; i < p.dim * PANEL; i += LANES) store(sum + i, add(load(sum + i), load(more + i)));
     }
-    const long first = panel * PANEL, count = least(PANEL, p.q_len - first);
+    const long from = panel * PANEL, count = least(PANEL, p.q_len - from);
     float* row = reinterpret_cast<float*>(mine.temp);
     for (long r = 0; r < count; r++) {
       for (long c = 0; c < p.dim; c++) row[c] = sum[c * PANEL + r] * p.scale;
-      write_floats(p.type, row, p.dim, static_cast<char*>(g.dq) + (head * p.q_len + first + r) * p.dim * size_of(p.type));
+      write_floats(p.type, row, p.dim, static_cast<char*>(g.dq) + (head * p.q_len + from + r) * p.dim * size_of(p.type));
     }
   }
 };
@@ -177,11 +188,14 @@ void backward_as(const Problem& p, const Gradients& g, Pool& pool, int threads) 
   b.lay_out(static_cast<char*>(pool.memory((std::size_t)b.lay_out(nullptr, threads))), threads);
   mark_valid(p, b.valid_bits);
   b.cut_rows();
-  const long kv = p.batch * p.kv_heads, panels = p.batch * p.heads * b.row_panels;
-  pool.run(threads, panels, [](void* x, long i, int worker) { static_cast<B*>(x)->pack_rows_of(i, worker); }, &b);
-  pool.run(threads, kv * b.key_blocks, [](void* x, long i, int worker) { static_cast<B*>(x)->pack_keys_of(i, worker); }, &b);
-  pool.run(threads, kv * b.splits, [](void* x, long i, int worker) { static_cast<B*>(x)->differentiate(i, worker); }, &b);
-  pool.run(threads, panels, [](void* x, long i, int worker) { static_cast<B*>(x)->write_rows(i, worker); }, &b);
+  for (; b.first < p.batch * p.kv_heads; b.first += b.turn) {
+    b.here = least(b.turn, p.batch * p.kv_heads - b.first);
+    const long panels = b.here * b.group * b.row_panels;
+    pool.run(threads, panels, [](void* x, long i, int worker) { static_cast<B*>(x)->pack_rows_of(i, worker); }, &b);
+    pool.run(threads, b.here * b.key_blocks, [](void* x, long i, int worker) { static_cast<B*>(x)->pack_keys_of(i, worker); }, &b);
+    pool.run(threads, b.here * b.splits, [](void* x, long i, int worker) { static_cast<B*>(x)->differentiate(i, worker); }, &b);
+    pool.run(threads, panels, [](void* x, long i, int worker) { static_cast<B*>(x)->write_rows(i, worker); }, &b);
+  }
   if (g.dbias) write_bias(p, g, b.dbias, b.splits);
 }
 
