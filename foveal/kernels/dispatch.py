@@ -99,14 +99,18 @@ def _order(call: AttentionCall) -> list[tuple[str, str]]:
     return [own, ("gather", "really skips what the layout drops, with gradients, on any device")]
 
 
-SMALL = 1 << 22
-"""Multiply-adds below which what a call costs apart from its work decides."""
-
-
 def _suits_sdpa(call: AttentionCall) -> bool:
-    """Whether torch's dense kernel is the quicker one on CPU: small calls, and one float32 row against a cache."""
+    """Whether torch's dense kernel is the quicker one on CPU: small calls, in which what a call costs apart from its work decides.
+
+    The limits, in multiply-adds, are where the two cross. One row reads a cache, which shared key heads make smaller; in half
+    precision torch has no quick way to do that.
+    """
     work = call.q.shape[:3].numel() * call.k.shape[2] * (call.q.shape[3] + call.v.shape[3])
-    return work < SMALL or (call.q.shape[2] == 1 and call.q.dtype == torch.float32)
+    if call.q.shape[2] == 1:
+        limit = 0 if call.q.dtype != torch.float32 else 1 << 22 if call.groups > 1 else 1 << 24
+    else:
+        limit = 1 << 25 if call.q.dtype == torch.float32 else 1 << 23
+    return work < limit
 
 
 def pick(call: AttentionCall) -> str:
