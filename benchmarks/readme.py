@@ -17,12 +17,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "img" / "tune_pareto.png"
 
 
-def tune_block(results: dict[str, Any]) -> str:
+def tune_block(name: str, picture: bool) -> str:
     """The table of one ``foveal tune`` run, with its provenance."""
+    results = load(name)
     base, machine = results["baseline"], results["machine"]
-    lines = [
-        f"![Speed against loss]({PICTURE.relative_to(ROOT).as_posix()})",
-        "",
+    lines = [f"![Speed against loss]({PICTURE.relative_to(ROOT).as_posix()})", ""] if picture else []
+    lines += [
         f"**{results['why']}**",
         "",
         "| candidate | density | prefill × | decode × | peak memory × | ppl | ppl, cached decode | KL | needles | |",
@@ -42,7 +42,7 @@ def tune_block(results: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct at {results['context']:,} tokens, {results['dtype']}, {results['text']['name']}; baseline prefill {base['prefill_s']:.1f} s, "
         f"decode {base['decode_tok_s']:.1f} tokens/s; × is the speed-up over transformers' own `{base['name']}`. {_machine(machine)}, "
         f"torch {where['torch']}, transformers {where['transformers']}, {where['date'][:10]}. "
-        "Source: [`benchmarks/results/tune_smollm2_4096.json`](benchmarks/results/tune_smollm2_4096.json).",
+        f"Source: `benchmarks/results/{name}.json`.",
     ]
     return "\n".join(lines)
 
@@ -147,6 +147,30 @@ def sparse_block() -> str:
     return "\n".join(lines)
 
 
+LISTED = {
+    "lists_64": "a tenth of the keys for each 64 rows",
+    "documents": "31 packed documents",
+    "groups": "64 rows with each of 4 blocks of 64 keys, overlapping",
+}
+
+
+def listed_block() -> str:
+    """Lists and groups by the C++ kernels beside the same in plain PyTorch."""
+    found = load("native_speed")
+    lines = [
+        "| 4,096 tokens, × `gather` | float32 | with gradients | bfloat16 | with gradients |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for case, what in LISTED.items():
+        cells = [
+            f"{found['cases'][f'{kind}_{dtype}'][f'native_{case}']['times_faster_than_gather']['median']:.1f}"
+            for dtype in ("float32", "bfloat16")
+            for kind in ("listed", "listed_trained")
+        ]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def load(name: str) -> dict[str, Any]:
     """One committed result file."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -157,8 +181,13 @@ def blocks() -> dict[str, dict[str, str]]:
     """Every measured block, by page and name."""
     native = native_block()
     return {
-        "README.md": {"tune": tune_block(load("tune_smollm2_4096")), "speed": speed_block(), "native": native},
-        "docs/native.md": {"native": native, "native-sparse": sparse_block()},
+        "README.md": {"tune": tune_block("tune_smollm2_4096", True), "speed": speed_block(), "native": native},
+        "docs/native.md": {
+            "native": native,
+            "native-sparse": sparse_block(),
+            "native-listed": listed_block(),
+            "tune-8192": tune_block("tune_smollm2_8192_bf16", False),
+        },
     }
 
 
