@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +20,8 @@ class PeakMemory:
     On CUDA it is the allocator's own peak. On CPU it is the process's resident memory: the kernel's own high-water mark
     where Linux lets it be reset (``/proc/self/clear_refs``), and samples that a thread takes every few milliseconds
     (``/proc/self/statm``), which alone may miss what lives shorter than that. Without ``/proc``, ``extra_mb`` stays 0.0.
-    Pages that the allocator keeps from earlier work count as there before.
+    What earlier work freed is given back to the system first where the C library can do that (glibc); elsewhere such pages
+    count as there before, and work that uses them again seems to need less.
 
     Args:
         device: where the work runs.
@@ -33,6 +37,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
+        _give_back()
         self._exact = _reset_high_water()
         self._before = self._peak = _resident()
         self._stop = threading.Event()
@@ -53,6 +58,13 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(self.period):
             self._peak = max(self._peak, _resident())
+
+
+def _give_back() -> None:
+    """Freed memory goes back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int:

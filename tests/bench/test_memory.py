@@ -37,3 +37,13 @@ def test_the_high_water_mark_catches_what_no_sample_sees() -> None:
     with PeakMemory(period=30.0) as peak:
         touch(200)
     assert peak.extra_mb > 190
+
+
+def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
+    pieces = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]  # too small to be given back one by one
+    keep = pieces[-1]
+    del pieces
+    with PeakMemory() as peak:
+        again = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]
+    assert peak.extra_mb > 150
+    assert keep.numel() == again[0].numel()
