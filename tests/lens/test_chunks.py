@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -75,7 +77,7 @@ def test_selection_holds_forced_chunks_and_ties_go_to_the_lower_index():
 def test_more_chunks_never_lower_the_retained_mass():
     got = chunk_mass(call(), SETTINGS)
     kept = [(got.mass * got.selected(count)).sum(-1) for count in range(1, 7)]
-    assert all(bool((b >= a).all()) for a, b in zip(kept, kept[1:], strict=False))
+    assert all(bool((b >= a).all()) for a, b in pairwise(kept))
     assert torch.allclose(kept[-1], torch.ones_like(kept[-1]))
 
 

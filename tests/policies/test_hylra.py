@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -101,9 +102,7 @@ def test_even_spacing_has_the_same_density():
     assert even.attended(0.25) <= 0.35
     assert even.dense == (0, 10, 20)
     anchors = [j for j in even.anchors if j not in even.dense]
-    assert (
-        len(anchors) == roles.count("compute") and max(b - a for a, b in zip(anchors, anchors[1:], strict=False)) <= 4
-    )
+    assert len(anchors) == roles.count("compute") and max(b - a for a, b in pairwise(anchors)) <= 4
 
 
 def test_plans_and_policies_go_through_json(tmp_path):
@@ -156,9 +155,7 @@ def test_layers_reuse_in_prefill_and_decode_while_the_cache_grows(choose, classe
         step = events[first : first + 6]
         for j, event in enumerate(step):
             layout, length = event.layout, event.call.base.kv_len
-            if dense_prefill and first == 0:
-                assert layout is None
-            elif plan.role(j) == "full":
+            if (dense_prefill and first == 0) or plan.role(j) == "full":
                 assert layout is None
             else:
                 assert layout is not None
