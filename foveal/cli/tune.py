@@ -35,6 +35,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Chooses text spans, needles and sampled rows.")] = 0,
     decode_tokens: Annotated[int, typer.Option(help="Tokens scored one by one through the cache.")] = 256,
     search: Annotated[bool, typer.Option(help="Also search a policy layer by layer.")] = True,
+    method: Annotated[str, typer.Option(help="How the search finds a policy: greedy or hylra.")] = "greedy",
     search_texts: Annotated[
         int, typer.Option(help="Pieces of the text that a searched policy must hold on, as far as the text reaches.")
     ] = 2,
@@ -68,6 +69,7 @@ def tune(
         seed=seed,
         decode_tokens=decode_tokens,
         search=search,
+        method=method,
         search_texts=search_texts,
         trust_remote_code=trust_remote_code,
         patterns=tuple(name.strip() for name in patterns.split(",") if name.strip()),

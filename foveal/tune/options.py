@@ -11,6 +11,8 @@ from ..core.errors import ConfigError, nearest
 from ..core.serial import check_range, check_types
 from .candidates import FURTHER
 
+METHODS = ("greedy", "hylra")
+
 
 @dataclass(frozen=True)
 class TuneOptions:
@@ -26,6 +28,8 @@ class TuneOptions:
         seed: chooses the text spans, the needles and the sampled rows.
         decode_tokens: tokens scored one by one through the cache.
         search: also search a policy layer by layer.
+        method: how the policy of the search is found, ``"greedy"`` (options scored layer by layer, a knapsack) or ``"hylra"`` (layers
+            that reuse an earlier layer's choice, planned from a profile). What one run measured serves the other.
         search_texts: on how many disjoint pieces of the text, at most; the policy must stay inside the limit on each of them.
         trust_remote_code: let a checkpoint run code of its own.
         patterns: further patterns to measure in all layers, names of :data:`foveal.tune.candidates.FURTHER`; they take no part in the
@@ -43,6 +47,7 @@ class TuneOptions:
     seed: int = 0
     decode_tokens: int = 256
     search: bool = True
+    method: str = "greedy"
     search_texts: int = 2
     trust_remote_code: bool = False
     patterns: tuple[str, ...] = ()
@@ -53,6 +58,8 @@ class TuneOptions:
         check_range(self, "seed", low=0)
         check_range(self, "decode_tokens", low=2)
         check_range(self, "search_texts", low=1)
+        if self.method not in METHODS:
+            raise ConfigError(f"method is {self.method!r}. {nearest(self.method, METHODS)}")
         for name in self.patterns:
             if name not in FURTHER:
                 raise ConfigError(f"patterns has {name!r}. {nearest(name, FURTHER)}")
@@ -70,5 +77,9 @@ class TuneOptions:
 
     def digest(self, **measured: str) -> str:
         """Identity of the measurements: a journal is resumed only when options, model and text are the same."""
-        said = {k: v for k, v in asdict(self).items() if k not in ("out", "max_ppl_increase", "search", "patterns")}
+        said = {
+            k: v
+            for k, v in asdict(self).items()
+            if k not in ("out", "max_ppl_increase", "search", "method", "patterns")
+        }
         return hashlib.sha256(json.dumps({**said, **measured}, sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from ..patterns.dense import Dense
 from ..policies.policy import ModelStamp
 from .candidates import DENSE, Candidate, dense_by, further, layer_options, uniform
 from .figures import BASELINE, NEEDLE_DEPTHS, figures, runs
+from .hylra import hylra_candidates
 from .journal import Journal, write_whole
 from .meter import DenseLogits, Meter
 from .options import TuneOptions
@@ -77,11 +78,17 @@ def run_tune(
     proposed += further(options.patterns, options.context)
     layers = _layers(work)
     texts = len(work.search_ids)
-    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + ((texts + 1) * layers + 4 if options.search else 0)
+    steps = layers + 4 if options.method == "hylra" else (texts + 1) * layers + 4
+    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + (steps if options.search else 0)
     profile = _profile(work)
     _measure(work, proposed)
     found: Found | None = None
-    if options.search:
+    planned: dict[str, Any] | None = None
+    if options.search and options.method == "hylra":
+        more, planned = hylra_candidates(work.meter, work.search_ids[:1], work.journal, work.tick)
+        proposed = [*proposed, *more]
+        _measure(work, more)
+    elif options.search:
         found, policy = search(
             work.meter,
             work.search_ids,
@@ -99,7 +106,7 @@ def run_tune(
     _again(work, proposed, rows)
     rows, baseline, informative = figures(work.journal, proposed)
     chosen, why = judge(rows, baseline, options.max_ppl_increase, informative)
-    results = _results(work, rows, baseline, informative, chosen, why, profile, found)
+    results = _results(work, rows, baseline, informative, chosen, why, profile, found, planned)
     _write(work, results, next(c for c in (DENSE, *proposed) if c.name == chosen))
     return results
 
@@ -245,7 +252,7 @@ def _decode_rule(work: _Work, proposed: list[Candidate]) -> Callable[[Pattern], 
 # --- results -----------------------------------------------------------------------------------------------------------
 
 
-def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], informative: bool, chosen: str, why: str, profile: dict[str, Any], found: Found | None) -> dict[str, Any]:  # fmt: skip
+def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], informative: bool, chosen: str, why: str, profile: dict[str, Any], found: Found | None, planned: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
     options, model = work.options, work.loaded.model
     config = model.config.get_text_config()
     where = provenance()
@@ -275,6 +282,7 @@ def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], 
         "why": why,
         "profile": profile,
         "search": found.to_json() if found is not None else None,
+        "hylra": planned,
         "settings": {k: v for k, v in asdict(options).items() if k not in ("out", "text")},
     }  # fmt: skip
 
