@@ -98,7 +98,7 @@ MODELS = {
         ModelShape("qwen3-8b", 8.19e9, 36, 32, 8, 128),
         ModelShape("qwen3-14b", 14.77e9, 40, 40, 8, 128),
         ModelShape("qwen3-32b", 32.76e9, 64, 64, 8, 128),
-        ModelShape("smollm2-135m", 134.515e6, 30, 9, 3, 64),
+        ModelShape("smollm2-135m", 134_515_008, 30, 9, 3, 64),
     )
 }
 """Known shapes; the sizes of Qwen3 are those of the authors' cost script."""

@@ -202,7 +202,9 @@ def _trace(row: Any, where: str, models: Mapping[str, ModelShape]) -> Trace:
         raise ConfigError(f"{where}: model is {row['model']!r}. {nearest(str(row['model']), models)}")
     numbers = [row["prompt"], *(row[k] for k in _SPARSE if k in row)]
     lists = row["lengths"], row["correct"]
-    if not all(isinstance(x, list) for x in lists) or any(type(n) is not int for n in itertools.chain(numbers, lists[0])):
+    if not all(isinstance(x, list) for x in lists) or any(
+        type(n) is not int for n in itertools.chain(numbers, lists[0])
+    ):
         raise DataError(f"{where}: prompt, lengths and sizes must be whole numbers, lengths and correct lists.")
     if any(type(ok) is not bool for ok in lists[1]):
         raise DataError(f"{where}: correct must be a list of true and false.")

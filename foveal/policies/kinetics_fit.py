@@ -84,7 +84,9 @@ def fit_times(steps: Sequence[Step], terms: tuple[str, ...] = ("flops", "bytes")
     if not terms or not set(terms) <= {"flops", "bytes"} or len(set(terms)) != len(terms):
         raise ConfigError(f"terms is {terms!r}; expected 'flops', 'bytes' or both.")
     if len(steps) < 2 * len(terms):
-        raise ConfigError(f"{len(steps)} steps for {len(terms)} terms; expected {2 * len(terms)} at least. Measure more.")
+        raise ConfigError(
+            f"{len(steps)} steps for {len(terms)} terms; expected {2 * len(terms)} at least. Measure more."
+        )
     columns = np.array([[getattr(s, t) for t in terms] for s in steps])
     times = np.array([s.seconds for s in steps])
     scale = columns.max(0)
