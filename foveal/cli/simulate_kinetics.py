@@ -41,7 +41,8 @@ def kinetics(
     from ..policies.kinetics import DENSE, block_methods, token_methods
     from ..policies.kinetics_allocation import read_traces
     from ..policies.kinetics_config import hardware_of, shape_of
-    from .guard import note, output as console
+    from .guard import note
+    from .guard import output as console
 
     kinds = {"dense": (), "topk": token_methods(), "block-topk": block_methods()}
     if method != "all" and method not in kinds:
@@ -159,7 +160,13 @@ def limit_table(found: dict[str, Any]) -> Table:
 def frontier(traces: list[Trace], limit: float | None, options: dict[str, Any]) -> dict[str, Any]:
     """Accuracy against cost, per model and for all, and the one best choice at every step or within ``limit`` eFLOPs."""
     from ..policies.kinetics_allocation import (
-        CAPS, best_within, by_question, common_choices, envelope, log_spaced, oracle_accuracy,
+        CAPS,
+        best_within,
+        by_question,
+        common_choices,
+        envelope,
+        log_spaced,
+        oracle_accuracy,
     )  # fmt: skip
 
     every = by_question(traces, caps=(*CAPS, None), **options)

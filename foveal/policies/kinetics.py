@@ -191,7 +191,6 @@ class Cost:
 
     @property
     def compute(self) -> float:
-        """FLOPs."""
         return self.linear + self.attention + self.search
 
     @property
@@ -209,11 +208,9 @@ class Cost:
 
 
 def visits(budget: float, prompt: float, output: float) -> float:
-    """Keys read over ``output`` steps of at most ``budget`` keys after ``prompt`` tokens: the paper's S(B), with B clamped.
+    """Keys read over ``output`` steps of at most ``budget`` keys after ``prompt`` tokens: ``B·L_out − ½·max(0, B − L_in)²``, B clamped.
 
-    ``B·L_out − ½·max(0, B − L_in)²``, below the exact sum by ``(B − L_in) / 2`` where B exceeds the prompt. The authors'
-    top-k cost adds the square instead.
-    """
+    Below the exact sum by ``(B − L_in) / 2`` where B exceeds the prompt. The authors' top-k cost adds the square instead."""
     budget = min(budget, prompt + output)
     return budget * output - 0.5 * max(0.0, budget - prompt) ** 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 
 from foveal.core.errors import ConfigError, ModelError
 from foveal.policies.kinetics import (
-    DENSE, HARDWARE, MODELS, Hardware, Method, ModelShape, block_methods, crossover, decode_cost, exact_visits, token_methods, visits,
+    DENSE,
+    HARDWARE,
+    MODELS,
+    Hardware,
+    Method,
+    ModelShape,
+    block_methods,
+    crossover,
+    decode_cost,
+    exact_visits,
+    token_methods,
+    visits,
 )  # fmt: skip
 from foveal.policies.kinetics_config import hardware_of, shape_of
 
@@ -63,8 +75,8 @@ def test_visits_of_the_erratum_take_the_minus():
 @given(SIZES, st.integers(1, 300))
 def test_visits_are_monotone_and_concave_in_the_budget(prompt, output):
     values = [visits(b, prompt, output) for b in range(1, prompt + output + 2)]
-    rises = [b - a for a, b in zip(values, values[1:], strict=False)]
-    assert all(r >= 0 for r in rises) and all(b <= a for a, b in zip(rises, rises[1:], strict=False))
+    rises = [b - a for a, b in itertools.pairwise(values)]
+    assert all(r >= 0 for r in rises) and all(b <= a for a, b in itertools.pairwise(rises))
 
 
 @given(SIZES, st.integers(1, 300), SIZES)

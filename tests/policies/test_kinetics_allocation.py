@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from foveal.core.errors import ConfigError, DataError
 from foveal.policies.kinetics import DENSE, MODELS, Method, decode_cost
 from foveal.policies.kinetics_allocation import (
-    Choice, Trace, affordable, best_within, by_question, choices, common_choices, coverage, envelope, log_spaced, oracle_accuracy,
+    Choice,
+    Trace,
+    affordable,
+    best_within,
+    by_question,
+    choices,
+    common_choices,
+    coverage,
+    envelope,
+    log_spaced,
+    oracle_accuracy,
     read_traces,
 )  # fmt: skip
 
