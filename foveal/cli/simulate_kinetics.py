@@ -31,7 +31,10 @@ def kinetics(
     limit: Annotated[
         float | None, typer.Option(help="TeFLOPs per question: tokens that they buy; with --traces, the best choice.")
     ] = None,
-    traces: Annotated[Path | None, typer.Option(help="Recorded trials (JSON): accuracy against cost.")] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(help="Recorded trials (JSON), with their own models, methods and lengths: accuracy against cost."),
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the curves as PNG.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -170,7 +173,7 @@ def frontier(traces: list[Trace], limit: float | None, options: dict[str, Any]) 
     )  # fmt: skip
 
     every = by_question(traces, caps=(*CAPS, None), **options)
-    priced = [c.cost for found in every.values() for c in found if c.cost > 0]
+    priced = [c.cost for found in every.values() for c in found]
     limits = log_spaced(min(priced), max(priced)) if limit is None else [limit]
     curves = {"all": oracle_accuracy(every, limits)}
     dense = {q: [c for c in found if c.method.kind == "dense"] for q, found in every.items()}

@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..core.errors import ConfigError, DataError, nearest
-from .kinetics import DENSE, MODELS, Method, ModelShape, at_least, decode_cost
+from ..core.errors import ConfigError, DataError, ModelError
+from .kinetics import DENSE, Method, ModelShape, at_least, decode_cost
+from .kinetics_config import shape_of
 
 CAPS = (2048, 4096, 8192, 16384, 32768)
 TRIALS = (1, 2, 4, 8, 16, 32)
@@ -33,7 +34,7 @@ class Trace:
         correct: whether the trial's answer was right.
 
     Raises:
-        ConfigError: no trials, lists of different lengths, or a length below 0.
+        ConfigError: no trials, lists of different lengths, or a length below 1.
     """
 
     question: str
@@ -49,7 +50,7 @@ class Trace:
                 f"question {self.question!r} has {len(self.lengths)} lengths and {len(self.correct)} verdicts; expected one of each per trial, and one trial at least."
             )
         at_least("prompt", self.prompt, 0)
-        at_least("lengths", min(self.lengths), 0)
+        at_least("lengths", min(self.lengths), 1)
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,12 @@ def affordable(shape: ModelShape, method: Method = DENSE, *, limit: float, promp
     return low
 
 
-def read_traces(path: Path | str, models: Mapping[str, ModelShape] = MODELS) -> list[Trace]:
+def read_traces(path: Path | str) -> list[Trace]:
     """Traces from a JSON file: a list of ``{"question", "model", "prompt", "lengths", "correct"}`` with, for sparse decoding,
-    ``"budget"`` (token top-k) or ``"block"`` and ``"blocks"``.
+    ``"budget"`` (token top-k) or ``"block"`` and ``"blocks"``. A model is a known name or a ``config.json``.
 
     Raises:
-        DataError: no such list. ConfigError: an unknown model or a value out of range.
+        DataError: no such list. ConfigError: an unknown model or a value out of range. ModelError: an unreadable configuration.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -188,18 +189,20 @@ def read_traces(path: Path | str, models: Mapping[str, ModelShape] = MODELS) -> 
         raise DataError(f"traces {path}: cannot be read: {error}. Expected a JSON list of traces.") from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"traces {path}: expected a JSON list with at least one trace.")
-    return [_trace(row, f"traces {path}, entry {i}", models) for i, row in enumerate(rows)]
+    return [_trace(row, f"traces {path}, entry {i}") for i, row in enumerate(rows)]
 
 
 _NEEDED, _SPARSE = ("question", "model", "prompt", "lengths", "correct"), ("budget", "block", "blocks", "local")
 
 
-def _trace(row: Any, where: str, models: Mapping[str, ModelShape]) -> Trace:
+def _trace(row: Any, where: str) -> Trace:
     if not isinstance(row, dict) or not set(_NEEDED) <= set(row) <= {*_NEEDED, *_SPARSE}:
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where}: has {keys}; expected {', '.join(_NEEDED)} and at most {', '.join(_SPARSE)}.")
-    if row["model"] not in models:
-        raise ConfigError(f"{where}: model is {row['model']!r}. {nearest(str(row['model']), models)}")
+    try:
+        shape = shape_of(str(row["model"]))
+    except (ConfigError, ModelError) as error:
+        raise type(error)(f"{where}: {error}") from None
     numbers = [row["prompt"], *(row[k] for k in _SPARSE if k in row)]
     lists = row["lengths"], row["correct"]
     if not all(isinstance(x, list) for x in lists) or any(
@@ -212,7 +215,7 @@ def _trace(row: Any, where: str, models: Mapping[str, ModelShape]) -> Trace:
         raise DataError(f"{where}: has a budget and blocks; expected one or the other.")
     sizes = {k: row[k] for k in _SPARSE if k in row}
     method = Method("topk" if "budget" in row else "block_topk", **sizes) if sizes else DENSE
-    return Trace(str(row["question"]), models[row["model"]], method, row["prompt"], tuple(lists[0]), tuple(lists[1]))
+    return Trace(str(row["question"]), shape, method, row["prompt"], tuple(lists[0]), tuple(lists[1]))
 
 
 def by_question(traces: Iterable[Trace], **options: Any) -> dict[str, list[Choice]]:

@@ -129,6 +129,8 @@ def test_traces_are_read(tmp_path):
         ([GOOD, {"question": "x"}], DataError, "entry 1: has"),
         ([{**GOOD, "sum": 1}], DataError, "entry 0: has"),
         ([{**GOOD, "model": "qwen3-8"}], ConfigError, "Did you mean 'qwen3-8b'"),
+        ([{**GOOD, "model": 8}], ConfigError, "entry 0: model is '8'"),
+        ([{**GOOD, "lengths": [0]}], ConfigError, "lengths is 0"),
         ([{**GOOD, "lengths": ["5"]}], DataError, "whole numbers"),
         ([{**GOOD, "lengths": 5}], DataError, "whole numbers"),
         ([{**GOOD, "correct": [1]}], DataError, "true and false"),
