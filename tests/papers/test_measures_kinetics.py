@@ -7,8 +7,10 @@ import random
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from foveal.models.blocks import Memory
+from foveal.models.decoder_lm import DecoderLM
 from foveal.papers.measures import kinetics
 from foveal.policies.kinetics_fit import Step, step_work
 
@@ -31,14 +33,16 @@ def test_a_wrong_figure_is_not_reproduced(tmp_path, monkeypatch):
 
 
 def test_a_step_decodes_after_the_given_cache():
-    """Keys of a real prefix, put into the memory by hand, give the logits of the whole sequence; and a step repeats itself."""
+    """Keys of a real prefix, with room for one more token, give the logits of the whole sequence; and a step repeats itself."""
     model, shape = kinetics.backbone(32, 2, 4, 2)
+    usual = DecoderLM(kinetics.VOCAB, 32, 2, 4, 2, seed=5).eval()
+    usual.load_state_dict(model.state_dict())
     ids = torch.randint(kinetics.VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         memory = Memory()
-        model(ids[:, :-1], memory=memory)
-        copy = Memory(dict(memory.keys), dict(memory.values))
-        assert torch.allclose(model(ids[:, -1:], memory=copy)[:, -1], model(ids)[:, -1], atol=1e-5)
+        usual(ids[:, :-1], memory=memory)
+        room = Memory(*({i: pad(x, (0, 0, 0, 1)) for i, x in part.items()} for part in (memory.keys, memory.values)))
+        assert torch.allclose(kinetics.decode(model, ids[:, -1:], room)[:, -1], usual(ids)[:, -1], atol=1e-5)
         step = kinetics.decoder(model, shape, batch=3, context=17)
         first = step()
         assert first.shape == (3, 1, kinetics.VOCAB) and torch.equal(first, step())

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ...bench.timing import interleaved
-from ...models.blocks import Memory
+from ...kernels.dispatch import attention
+from ...layers.rotary import rotate
+from ...models.blocks import Memory, Pass, SelfAttention
 from ...models.decoder_lm import DecoderLM
 from ...policies.kinetics import DENSE, MODELS, Method, ModelShape, decode_cost
 from ...policies.kinetics_fit import Step, error, fit_times, r_squared, step_work
@@ -77,9 +79,24 @@ SIZES = ((128, 2, 4, 4), (256, 4, 4, 2), (256, 4, 8, 8), (512, 4, 8, 2), (512, 8
 R2, ERROR_RATIO, VOCAB = 0.95, 0.5, 512
 
 
+class InPlace(SelfAttention):
+    """One new token that is written into the last place of a full-sized cache. The backbone's own memory is copied at every step:
+    bytes that the law does not count."""
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        assert run.memory is not None
+        sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1))
+        turn = run.turn(self.head_dim, self.rope_base)
+        keys, values = run.memory.keys[self.layer_index], run.memory.values[self.layer_index]
+        keys[:, :, -1:], values[:, :, -1:] = rotate(k, turn), v
+        out = attention(rotate(q, turn), keys, values)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
 def backbone(dim: int, depth: int, heads: int, kv_heads: int, seed: int = 0) -> tuple[DecoderLM, ModelShape]:
     """A decoder of random weights and its shape; parameters without the embedding table, which is looked up and not read."""
-    model = DecoderLM(VOCAB, dim, depth, heads, kv_heads, seed=seed).eval()
+    model = DecoderLM(VOCAB, dim, depth, attention=lambda i: InPlace(dim, heads, i, kv_heads), seed=seed).eval()
     parameters = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
     return model, ModelShape(
         f"{dim}×{depth}, {heads}/{kv_heads} heads", parameters, depth, heads, kv_heads, dim // heads
@@ -89,14 +106,17 @@ def backbone(dim: int, depth: int, heads: int, kv_heads: int, seed: int = 0) -> 
 def decoder(model: DecoderLM, shape: ModelShape, batch: int, context: int, seed: int = 0) -> Callable[[], Tensor]:
     """One decode step of ``batch`` sequences that see ``context`` keys, the new one included; every call starts from the same cache."""
     g = torch.Generator().manual_seed(seed)
-    size = (batch, shape.num_kv_heads, context - 1, shape.head_dim)
+    size = (batch, shape.num_kv_heads, context, shape.head_dim)
     keys, values = ({i: torch.randn(size, generator=g) for i in range(shape.layers)} for _ in range(2))
     ids = torch.randint(VOCAB, (batch, 1), generator=g)
+    return partial(decode, model, ids, Memory(keys, values))
 
-    def step() -> Tensor:
-        return model(ids, memory=Memory(dict(keys), dict(values)))
 
-    return step
+def decode(model: DecoderLM, ids: Tensor, cache: Memory) -> Tensor:
+    """Logits of the token ``ids`` ``(B, 1)``, whose keys and values take the last place of ``cache``."""
+    run = model.begin(ids, memory=Memory({0: cache.keys[0][:, :, :-1]}))
+    run.memory = cache
+    return model(ids, run=run)
 
 
 def timed_steps(
