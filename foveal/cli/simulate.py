@@ -199,7 +199,10 @@ def render(found: list[Simulation], share: float | None, steps: float) -> Table:
 
 
 def add_to(app: typer.Typer) -> None:
+    from .simulate_kinetics import kinetics
+
     verbs = typer.Typer(no_args_is_help=True, help="What a method can gain, by counting and without running it.")
     verbs.callback()(lambda: None)
     verbs.command("gna", cls=AxisCommand)(gna)
+    verbs.command("kinetics")(kinetics)
     app.add_typer(verbs, name="simulate")

@@ -192,6 +192,17 @@ def test_decode_equals_a_loop(budget, per_head, sinks, local, length):
         assert set(kept[b, h, 0].nonzero()[:, 0].tolist()) == decode_loop(pattern, q, k, b, h)
 
 
+def test_block_mean_of_logits_is_the_logit_of_the_mean_key():
+    """Kinetics' evaluation engine averages logits over the group and the block; a cached mean key per block chooses the same."""
+    q, k = tensors(length=96, q_len=1)
+    kept, _ = pairs(BlockTopK(Budget(tokens=32), 32, 8, 0, 1, per_head=False), q, k)
+    logits = (q.unflatten(1, (2, 2)).squeeze(3) @ k.transpose(2, 3)).mean(2)
+    best = logits.unflatten(-1, (12, 8)).mean(-1)[..., :11].topk(3).indices  # block 11 is kept anyway
+    for b, h in itertools.product(range(2), range(4)):
+        chosen = {8 * int(c) + i for c in best[b, h // 2] for i in range(8)} | set(range(88, 96))
+        assert set(kept[b, h, 0].nonzero()[:, 0].tolist()) == chosen
+
+
 def test_decode_mass_reaches_its_share():
     q, k = tensors(length=100, q_len=1, batch=1)
     counts = [int(pairs(BlockTopK(Budget(mass=m), 32, 8), 4 * q, k)[0].sum()) for m in (0.2, 0.5, 0.8, 0.99)]
