@@ -188,6 +188,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "native-listed": listed_block(),
             "tune-8192": tune_block("tune_smollm2_8192_bf16", False),
         },
+        "docs/hylra.md": {"tune-hylra": tune_block("tune_smollm2_8192_bf16_hylra", False)},
     }
 
 
