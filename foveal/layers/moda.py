@@ -23,7 +23,7 @@ from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from .moda_align import DuplexAlignment, Fusion, GramNorm, Grams, gated, log_pseudo_mass
-from .rotary import rotary, rotate
+from .rotary import check_rotary_heads, rotary, rotate
 
 Mask = Literal["inf", "fix", "attn"]
 Scope = Literal["prompt", "causal", "all"]
@@ -76,11 +76,7 @@ class ModaAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if dim % num_heads or num_heads % kv_heads or dim // num_heads % 2:
-            raise ConfigError(
-                f"ModaAttention has dim={dim}, num_heads={num_heads}, num_kv_heads={kv_heads}; expected heads of an even size that "
-                "divide dim, and num_kv_heads that divide num_heads."
-            )
+        check_rotary_heads("ModaAttention", dim, num_heads, kv_heads)
         for name, value, known in (
             ("mask", mask, ("inf", "fix", "attn")),
             ("scope", scope, ("prompt", "causal", "all")),

@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError
+
+
+def check_rotary_heads(owner: str, dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raise :class:`ConfigError` unless heads divide ``dim``, have an even size, and key heads divide them; ``owner`` is named."""
+    if dim % num_heads or num_heads % num_kv_heads or dim // num_heads % 2:
+        raise ConfigError(
+            f"{owner} has dim={dim}, num_heads={num_heads}, num_kv_heads={num_kv_heads}; expected heads of an even "
+            "size that divide dim, and num_kv_heads that divide num_heads."
+        )
+
 
 def rotary(positions: Tensor, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """``(cos, sin)``, each ``(N, head_dim/2)`` float64: pairs of channels dealt to the axes in turn, slower and slower.

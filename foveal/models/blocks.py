@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import SelectContext, Selection, State
 from ..core.density import Density, measure
-from ..core.errors import ConfigError, ShapeError, UnsupportedError
+from ..core.errors import ShapeError, UnsupportedError
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
-from ..layers.rotary import rotary, rotate
+from ..layers.rotary import check_rotary_heads, rotary, rotate
 from ..patterns import Pattern
 from ..patterns.dense import Dense
 from ..patterns.operator import Operator, attend
@@ -115,11 +115,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if dim % num_heads or num_heads % kv_heads or dim // num_heads % 2:
-            raise ConfigError(
-                f"SelfAttention has dim={dim}, num_heads={num_heads}, num_kv_heads={kv_heads}; expected heads of an even "
-                "size that divide dim, and num_kv_heads that divide num_heads."
-            )
+        check_rotary_heads("SelfAttention", dim, num_heads, kv_heads)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, dim // num_heads
         self.layer_index, self.rope_base = layer_index, rope_base
         self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=False)

@@ -26,14 +26,6 @@ inline void transpose64(std::uint64_t* x) {
     }
 }
 
-// The parts of the backward pass that this call uses `splits` copies of; more copies keep more threads busy. The number
-// depends on `threads` only, never on how the work went, and the copies are added in order.
-inline long copies_for(long tasks, long most_copies, int threads) {
-  long splits = 1;
-  while (splits < most_copies && splits < 2 * threads && tasks * splits % threads && tasks * splits < 8 * threads) splits++;
-  return splits;
-}
-
 template <class P>
 struct BackwardStep {
   static constexpr long STEPS = PANEL / P::per_unit;  // steps of a product that is summed over a panel

@@ -21,6 +21,14 @@ struct Carve {
   }
 };
 
+// Into how many parts each task is split, each with sums of its own, so that all threads are equally busy. The number depends on
+// `threads` only, never on how the work went, and the sums are added in order.
+inline long copies_for(long tasks, long most_copies, int threads) {
+  long splits = 1;
+  while (splits < most_copies && splits < 2 * threads && tasks * splits % threads && tasks * splits < 8 * threads) splits++;
+  return splits;
+}
+
 // Padding as one bit per key.
 inline std::uint64_t* take_valid(const Problem& p, Carve& memory) {
   return p.visible.valid ? memory.take<std::uint64_t>(p.visible.valid_batch * ceil_div(p.kv_len, PANEL)) : nullptr;

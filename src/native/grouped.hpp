@@ -96,8 +96,7 @@ struct Grouped {
         wide(padded(p.dim_v)),
         all_rows(p.batch * p.heads * p.q_len),
         pieces(p, PIECE_ROWS) {
-    const long kv = p.batch * p.kv_heads;
-    while (joint && splits < 2 * threads && kv * splits % threads && kv * splits < 8 * threads) splits++;
+    if (joint) splits = copies_for(p.batch * p.kv_heads, 2 * threads, threads);
   }
 
   long tasks() const { return joint ? p.batch * p.kv_heads * splits : pieces.count * copies; }

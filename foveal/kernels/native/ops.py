@@ -71,6 +71,12 @@ def _groups(members: Tensor | None, counts: list[int]) -> tuple[int, ...] | None
     return (*parts, groups, rows, keys, bool(per_head), combine)
 
 
+def _nothing(out: Tensor, k: Tensor, index: Tensor | None, members: Tensor | None, counts: list[int]) -> bool:
+    """Whether no pair can be visible, so that nothing has to run."""
+    empty = (index is not None and index.numel() == 0) or (members is not None and counts[0] == 0)
+    return empty or out.numel() == 0 or k.shape[2] == 0
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out, lse = _empty(q, v, rest[-4])
     return _run(out, lse, None, q, k, v, *rest)[:2]
@@ -86,8 +92,7 @@ def _run(
     kinds: Tensor | None, slot: Tensor | None, table: Tensor | None, index: Tensor | None, members: Tensor | None,
     bias: Tensor | None, tile: list[int], counts: list[int], scale: float, softcap: float, shift: int,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
-    nothing = (index is not None and index.numel() == 0) or (members is not None and counts[0] == 0)
-    if nothing or out.numel() == 0 or k.shape[2] == 0:
+    if _nothing(out, k, index, members, counts):
         return out.zero_(), lse.fill_(-torch.inf), entropy
     if members is not None:  # rows that no group holds are not visited
         out.zero_(), lse.fill_(-torch.inf)
@@ -114,8 +119,7 @@ def _backward(
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grads = _gradients(q, k, v, bias, of_bias)
-    nothing = (index is not None and index.numel() == 0) or (members is not None and counts[0] == 0)
-    if nothing or out.numel() == 0 or k.shape[2] == 0:
+    if _nothing(out, k, index, members, counts):
         for x in grads:
             x.zero_()
         return grads

@@ -40,8 +40,15 @@ class _Local(ChannelAttention):
     """What ECA and ECA-NS share: the kernel's size and the padding."""
 
     def __init__(
-        self, channels: int, kernel_size: int | Literal["adaptive"], gamma: float, beta: float, circular: bool, gate: Gate
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        *,
+        kernel_size: int | Literal["adaptive"] = "adaptive",
+        gamma: float = 2.0,
+        beta: float = 1.0,
+        circular: bool = False,
+        gate: Gate = "sigmoid",
+    ) -> None:
         super().__init__(channels)
         size = adaptive_kernel(channels, gamma, beta) if kernel_size == "adaptive" else kernel_size
         self.kernel_size = odd(size, self)
@@ -50,6 +57,10 @@ class _Local(ChannelAttention):
                 f"{type(self).__name__}.kernel_size is {size} with circular=True and {channels} channels; expected at most {2 * channels + 1}."
             )
         self.circular, self.gate_function = circular, gate_name(gate, self)
+        self._make_weights()
+
+    def _make_weights(self) -> None:
+        raise NotImplementedError
 
     def padded(self, y: Tensor) -> Tensor:
         """``(B, C + k − 1)``."""
@@ -78,17 +89,7 @@ class ECA(_Local):
         circular: channels form a ring. gate: last function.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        kernel_size: int | Literal["adaptive"] = "adaptive",
-        gamma: float = 2.0,
-        beta: float = 1.0,
-        circular: bool = False,
-        gate: Gate = "sigmoid",
-    ) -> None:
-        super().__init__(channels, kernel_size, gamma, beta, circular, gate)
+    def _make_weights(self) -> None:
         self.conv = nn.Conv1d(1, 1, self.kernel_size, bias=False)
 
     def weights(self, x: Tensor, valid: Tensor | None) -> Tensor:
@@ -107,18 +108,8 @@ class ECA(_Local):
 class ECANS(_Local):
     """A kernel of its own for every channel: k·C parameters. Arguments of :class:`ECA`."""
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        kernel_size: int | Literal["adaptive"] = "adaptive",
-        gamma: float = 2.0,
-        beta: float = 1.0,
-        circular: bool = False,
-        gate: Gate = "sigmoid",
-    ) -> None:
-        super().__init__(channels, kernel_size, gamma, beta, circular, gate)
-        self.weight = nn.Parameter(torch.empty(channels, self.kernel_size))
+    def _make_weights(self) -> None:
+        self.weight = nn.Parameter(torch.empty(self.channels, self.kernel_size))
         nn.init.uniform_(self.weight, -(self.kernel_size**-0.5), self.kernel_size**-0.5)
 
     def weights(self, x: Tensor, valid: Tensor | None) -> Tensor:

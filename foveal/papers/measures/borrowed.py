@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,18 @@ def borrowed(*names: str) -> Iterator[list[ModuleType]]:
         for key in set(sys.modules) - set(before):
             if key.split(".")[0] in {name.split(".")[0] for name in names}:
                 del sys.modules[key]
+
+
+def installed_version(package: str) -> str:
+    """The package's version.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError as error:
+        raise DataError(f"{package} is not installed: pip install --no-deps {package}") from error
 
 
 def _load(name: str) -> ModuleType:

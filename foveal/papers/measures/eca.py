@@ -6,7 +6,6 @@ Run ``python -m foveal.papers.measures.eca`` to measure all and write their resu
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from functools import partial
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ...bench.timing import interleaved
-from ...core.errors import DataError
 from ...data.digits import digits
 from ...layers.channel import build_channel_attention, insert_channel_attention, remove_channel_attention
 from ...models.resnet import MobileNetV2, ResNet
 from ...recipes.classify import accuracy, train_classifier
-from .borrowed import borrowed
+from .borrowed import borrowed, installed_version
+from .command import run_measures
 from .results import write_result
 
 PRINTED = {
@@ -229,7 +228,7 @@ def measure_timm(seed: int = 0, out: Path | None = None) -> dict[str, Any]:
             inputs = torch.randn(3, channels, 7, 5, generator=g)
             weight = torch.randn(inputs.shape, generator=g)
             differences[name] = difference(theirs, mine, inputs, weight)
-        version = _version("timm")
+        version = installed_version("timm")
     worst = max(differences.values())
     numbers = {
         "ours": f"largest difference {worst:.1e}",
@@ -251,24 +250,11 @@ def difference(theirs: nn.Module, mine: nn.Module, x: Tensor, weight: Tensor) ->
     return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError as error:
-        raise DataError(f"{package} is not installed: pip install --no-deps {package}") from error
-
-
 def main() -> None:
     """Measure all claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of ECA-Net.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_parameters, measure_step_time, measure_timm, measure_local_window):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures(
+        "Measure claims of ECA-Net.", (measure_parameters, measure_step_time, measure_timm, measure_local_window)
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Run ``python -m foveal.papers.measures.eeg_channel_attention`` to measure all an
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from functools import partial
@@ -22,8 +21,9 @@ from ...data.eeg import lateralised, recording
 from ...layers.channel import build_channel_attention
 from ...models.basenet import BaseNet, paper_options
 from ...recipes.classify import accuracy, standardise, train_classifier
-from .borrowed import borrowed
-from .eca import _version, count, difference
+from .borrowed import borrowed, installed_version
+from .command import run_measures
+from .eca import count, difference
 from .results import write_result
 
 GATES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -328,7 +328,7 @@ def measure_braindecode(seed: int = 0, out: Path | None = None) -> dict[str, Any
             x, weight = torch.randn(2, 8, 16, 62, generator=g, dtype=torch.float64)
             worst = [difference(_FourAxes(theirs.train(mode)), mine.train(mode), x, weight) for mode in (False, True)]
             differences[key] = max(worst)
-        version = _version("braindecode")
+        version = installed_version("braindecode")
     worst_ = max(differences.values())
     numbers = {
         "ours": f"largest difference {worst_:.1e}",
@@ -341,14 +341,8 @@ def measure_braindecode(seed: int = 0, out: Path | None = None) -> dict[str, Any
 
 def main() -> None:
     """Measure all claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of the EEG comparison of channel attention.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
     measures = (measure_counts, measure_stem, measure_synthetic, measure_gates, measure_braindecode, measure_recordings)
-    for measure in measures:
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures("Measure claims of the EEG comparison of channel attention.", measures)
 
 
 if __name__ == "__main__":

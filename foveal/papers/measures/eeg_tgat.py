@@ -6,7 +6,6 @@ Run ``python -m foveal.papers.measures.eeg_tgat`` to measure all and write their
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...layers.gatv2 import GATv2
 from ...layers.graphs import edges, full_graph
 from ...models.affordance import EEGtGAT, Fusion
 from ...recipes.classify import accuracy, train_classifier
+from .command import run_measures
 from .results import write_result
 
 SLOT, SAMPLES, ELECTRODES = (24, 36), 64, 8
@@ -290,13 +290,10 @@ def measure_geometric(seed: int = 0, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of EEG-tGAT.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_noop, measure_geometric, measure_lookup, measure_gain, measure_slot, measure_leak):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures(
+        "Measure claims of EEG-tGAT.",
+        (measure_noop, measure_geometric, measure_lookup, measure_gain, measure_slot, measure_leak),
+    )
 
 
 if __name__ == "__main__":

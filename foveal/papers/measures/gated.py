@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.gated`` to measure them and write their r
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from statistics import median
@@ -19,6 +18,7 @@ from ...layers.gated import GateConfig, GatedAttention
 from ...lens.gating import first_key, first_key_mass, gate_scores
 from ...models import DecoderLM, Hosted
 from ...recipes.fit import fit
+from .command import run_measures
 from .results import write_result
 
 LENGTH, BATCH, STEPS, RATE, DIM, SEEDS = 128, 16, 1000, 3e-3, 64, 3
@@ -137,13 +137,7 @@ def _setting(steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of gated attention.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_sink, measure_sparsity):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']['ours']}", flush=True)
+    run_measures("Measure claims of gated attention.", (measure_sink, measure_sparsity), brief=True)
 
 
 if __name__ == "__main__":

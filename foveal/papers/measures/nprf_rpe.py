@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.nprf_rpe`` to measure all three and write
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -27,6 +26,7 @@ from ...layers.random_features import draw_directions, positive_features
 from ...models.blocks import Pass
 from ...models.decoder_lm import DecoderLM
 from ...recipes.fit import fit
+from .command import run_measures
 from .results import write_result
 from .routing import slope
 
@@ -214,13 +214,7 @@ def measure_conversion(seeds: int = 2, seed: int = 0, steps: int = STEPS, out: P
 
 def main() -> None:
     """Measure all claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of NPRF.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_error, measure_time, measure_conversion):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures("Measure claims of NPRF.", (measure_error, measure_time, measure_conversion))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.rcmha`` to measure them and write their r
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,7 @@ from ...data.synthetic import key_values, key_values_vocabulary
 from ...layers.rcmha import RCMHA
 from ...models import DecoderLM, Recurrent
 from ...recipes.fit import fit
+from .command import run_measures
 from .results import write_result
 
 FORMS = {"MHA": (False, False), "MDHA": (True, False), "RMHA": (False, True), "RCMHA": (True, True)}
@@ -189,13 +189,9 @@ def _setting(steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of RCMHA.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_parameters, measure_memory, measure_recall, measure_transfer):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']['ours']}", flush=True)
+    run_measures(
+        "Measure claims of RCMHA.", (measure_parameters, measure_memory, measure_recall, measure_transfer), brief=True
+    )
 
 
 if __name__ == "__main__":

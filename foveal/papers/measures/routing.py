@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.routing`` to measure all three and write 
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from ...bench.timing import interleaved
 from ...kernels.dispatch import attention
 from ...layers.kmeans import Centroids, nearest_tokens, normalise, update
 from ...layers.routing import RoutingAttention
+from .command import run_measures
 from .results import write_result
 
 HEAD_DIM = 64
@@ -158,13 +158,7 @@ def measure_leak(seeds: int = 10, seed: int = 0, out: Path | None = None) -> dic
 
 def main() -> None:
     """Measure all claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of routing attention.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_cost, measure_mass, measure_leak):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures("Measure claims of routing attention.", (measure_cost, measure_mass, measure_leak))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.scatterformer`` to measure both and write
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from ...kernels.linear import linear_attention
 from ...kernels.linear_ragged import linear_attention_packed
 from ...layers.scatter import EPS, ScatterStage
 from ...recipes.fit import fit
+from .command import run_measures
 from .results import write_result
 
 SETS, HEADS, HEAD_DIM = 500, 4, 32
@@ -166,13 +166,7 @@ def measure_parts(seeds: int = 3, seed: int = 0, steps: int = STEPS, out: Path |
 
 def main() -> None:
     """Measure both claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of ScatterFormer.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_padding, measure_parts):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures("Measure claims of ScatterFormer.", (measure_padding, measure_parts))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.slab`` to measure all four and write thei
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from ...layers.slab import SimplifiedLinearAttention
 from ...models.slab import prepbn_lm, slab_vit
 from ...models.vit import ViT
 from ...recipes.fit import fit
+from .command import run_measures
 from .results import write_result
 
 
@@ -301,13 +301,7 @@ def measure_crossover(
 
 def main() -> None:
     """Measure all claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of SLAB.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_fold, measure_speed, measure_training, measure_crossover):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']}")
+    run_measures("Measure claims of SLAB.", (measure_fold, measure_speed, measure_training, measure_crossover))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run ``python -m foveal.papers.measures.titans`` to measure them and write their 
 
 from __future__ import annotations
 
-import argparse
 import functools
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from ...kernels.memory_scan import MemoryState, memory_scan
 from ...layers.titans import LMM, NeuralMemory
 from ...models import DecoderLM, Recurrent
 from ...recipes.fit import fit
+from .command import run_measures
 from .results import write_result
 
 DIM, CHUNK, BATCH, STEPS, RATE, SEEDS = 32, 4, 32, 400, 5e-3, 3
@@ -226,13 +226,7 @@ def _train_step(impl: str, seed: int) -> None:
 
 def main() -> None:
     """Measure the claims; ``--out`` is the folder of result files, by default the source checkout's."""
-    parser = argparse.ArgumentParser(description="Measure claims of Titans.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    for measure in (measure_dual, measure_time, measure_ablation):
-        result = measure(seed=args.seed, out=args.out)
-        print(f"{result['claim']}: {result['verdict']}  {result['measured']['ours']}", flush=True)
+    run_measures("Measure claims of Titans.", (measure_dual, measure_time, measure_ablation), brief=True)
 
 
 if __name__ == "__main__":
