@@ -21,16 +21,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 import foveal
+from foveal.bench.flex import flex_job
 from foveal.bench.peaks import machine_peaks
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.context import SelectContext
 from foveal.core.density import measure
-from foveal.core.layouts import BlockMask, block_mask, narrow
+from foveal.core.layouts import BlockMask, block_mask
 from foveal.kernels import flex
 from foveal.patterns import SlidingWindow
 
@@ -111,9 +111,9 @@ def measure_case(case: Case, repeats: int, use_flex: bool) -> dict[str, Any]:
 
     jobs: dict[str, Callable[[], Any]] = {"sdpa": lambda: sdpa(q, k, v), "gather": lambda: gather(q, k, v)}
     if use_flex:
-        joint = narrow(mask, base, transpose=False)
-        compiled = torch.compile(flex_attention, dynamic=False)
-        jobs["flex"] = lambda: compiled(q, k, v, block_mask=joint, enable_gqa=case.heads != case.kv_heads)
+        job, _ = flex_job(q, k, v, mask, base)
+        assert job is not None  # `use_flex` says that it runs here, and `mask` is a BlockMask
+        jobs["flex"] = job
     with torch.no_grad():
         forward = interleaved(jobs, repeats)
     kept = measure(mask, base, 1, case.heads, case.kv_heads)

@@ -1,6 +1,6 @@
 """How fast neighborhood attention is: against torch's dense SDPA and the natten package's same operator, in turns, in one run.
 
-Usage: python benchmarks/neighborhood_speed.py [--cases NAME …] [--repeats 7] [--scale 1.0] [--out benchmarks/results/neighborhood_speed.json]
+Usage: python benchmarks/neighborhood_speed.py [--cases NAME …] [--repeats 7] [--scale 1.0] [--no-flex] [--out benchmarks/results/neighborhood_speed.json]
 
 The first case carries the targets: 64×64 tokens, window 16, stride 8, 8 heads of 64, float32. Four ways to run it:
 
@@ -8,6 +8,8 @@ The first case carries the targets: 64×64 tokens, window 16, stride 8, 8 heads 
 - ``tiles``: tokens are permuted into 8×8 tiles and back inside the measured time (once per layer); exact lists.
 - ``ordered``: tokens are in tile order already (permuted once per model); whole key tiles of 4×4 and no mask.
 - ``blocks``: the same with key tiles of 8×8, which the windows cut: what tiles alone can do.
+
+``flex`` is torch's compiled FlexAttention, forward, on the blocks of the last way; a key list is nothing that it takes.
 
 ``layout_share`` is the time to build the layout over the time of its attention; it is then kept. ``natten`` runs where it can be
 imported: on CPU it has FlexAttention without a compiler and nothing else (its CPU kernels left after 0.17, which had no stride).
@@ -27,11 +29,13 @@ import torch
 from torch import Tensor
 
 from foveal import attention
+from foveal.bench.flex import flex_job
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.core.base_mask import BaseMask
 from foveal.core.context import SelectContext
 from foveal.core.density import measure
+from foveal.core.layouts import BlockMask
 from foveal.patterns import Neighborhood, neighborhood_layout
 
 SEED, DIM = 0, 64
@@ -103,7 +107,7 @@ def ways(case: Case) -> dict[str, Neighborhood]:
     return out or {"rows": plain}
 
 
-def measure_case(case: Case, repeats: int) -> dict[str, Any]:
+def measure_case(case: Case, repeats: int, use_flex: bool) -> dict[str, Any]:
     make = torch.Generator().manual_seed(SEED)
     tokens = math.prod(case.grid)
     q, k, v = (torch.randn(1, case.heads, tokens, DIM, generator=make) for _ in range(3))
@@ -111,6 +115,7 @@ def measure_case(case: Case, repeats: int) -> dict[str, Any]:
     exact = attention(q[:, :1].double(), k[:, :1].double(), v[:, :1].double(), Neighborhood(case.grid, case.window, case.stride, 1, case.causal))  # fmt: skip
     runs: dict[str, Callable[..., Tensor]] = {"sdpa": torch.nn.functional.scaled_dot_product_attention}
     report: dict[str, Any] = {}
+    job, flex_is = None, "no way of this case keeps whole blocks" if use_flex else "left out"
     inputs = {"sdpa": (q, k, v)}
     for name, pattern in ways(case).items():
         inputs[name] = (q, k, v)
@@ -133,6 +138,8 @@ def measure_case(case: Case, repeats: int) -> dict[str, Any]:
             return pattern.select(q, k, SelectContext(base))[0]
 
         layout = select()
+        if use_flex and isinstance(layout, BlockMask):
+            job, flex_is = flex_job(*inputs[name], layout, base)
         kept = measure(layout, base, 1, case.heads, case.heads)
         report[name] = {
             "layout": type(layout).__name__,
@@ -143,12 +150,15 @@ def measure_case(case: Case, repeats: int) -> dict[str, Any]:
         report[name]["layout_milliseconds"] = 1e3 * Spread.of(interleaved({"x": select}, 3)["x"]).median
     with torch.no_grad():
         jobs = {name: (lambda run=run, x=inputs[name]: run(*x)) for name, run in runs.items()}
+        if job is not None:
+            jobs["flex"] = job
         row = _report(interleaved(jobs, repeats), report, "forward")
+        row["flex"] = flex_is
         if case.natten:
-            job, row["natten"] = natten_job(case, q, k, v)  # type: ignore[assignment]
-            if job is not None:
-                seconds = interleaved({"natten": job, "rows": jobs["rows"]}, 2, warmup=0)
-                error = job().flatten(1, -3).transpose(1, 2)[:, :1].double() - exact
+            rival, row["natten"] = natten_job(case, q, k, v)
+            if rival is not None:
+                seconds = interleaved({"natten": rival, "rows": jobs["rows"]}, 2, warmup=0)
+                error = rival().flatten(1, -3).transpose(1, 2)[:, :1].double() - exact
                 row["over_natten"] = {
                     **speedups(seconds, "natten")["rows"].json(),
                     "natten_error": float(error.abs().max()),
@@ -203,6 +213,7 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor of grids and windows, for trying the script out"
     )
+    parser.add_argument("--no-flex", action="store_true", help="leave compiled FlexAttention out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "neighborhood_speed.json")
     args = parser.parse_args()
     load = load_average()
@@ -210,12 +221,14 @@ def main() -> None:
     for case in CASES:
         if args.cases and case.name not in args.cases:
             continue
-        rows[case.name] = row = measure_case(case.scaled(args.scale), args.repeats)
+        rows[case.name] = row = measure_case(case.scaled(args.scale), args.repeats, not args.no_flex)
         text = ", ".join(
             f"{name} {row['forward'][name]['times_faster_than_sdpa']['median']:.2f}× "
             f"({row['forward_backward'][name]['times_faster_than_sdpa']['median']:.2f}× with backward)"
             for name in row["ways"]
         )
+        if "flex" in row["forward"]:
+            text += f", flex {row['forward']['flex']['times_faster_than_sdpa']['median']:.2f}×"
         print(f"{case.name:28s} {text}", flush=True)
     first = rows.get(CASES[0].name)
     result = {

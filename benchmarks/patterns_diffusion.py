@@ -1,6 +1,6 @@
 """How fast the attentions of diffusion models are beside torch's dense SDPA: CLEAR's discs, Re-ttention and SparseD.
 
-Usage: python benchmarks/patterns_diffusion.py [--cases NAME …] [--repeats 7] [--side 64] [--out benchmarks/results/patterns_diffusion.json]
+Usage: python benchmarks/patterns_diffusion.py [--cases NAME …] [--repeats 7] [--side 64] [--no-flex] [--out benchmarks/results/patterns_diffusion.json]
 
 64×64 image tokens after 128 text tokens, 8 heads of 64, float32, one thread per core. Every job is one attention layer:
 
@@ -10,6 +10,7 @@ Usage: python benchmarks/patterns_diffusion.py [--cases NAME …] [--repeats 7] 
   three published schedules costs beside a dense run.
 - ``sparsed_*``: 30 % and 50 % of the blocks. ``sparse`` step with the mask at hand, ``mask`` step with its dense attention.
 
+``flex`` is torch's compiled FlexAttention on the pattern's blocks, beside one call of foveal's own attention on them (``attention``).
 ``cached`` runs with the layout at hand, as all layers and steps of a model do; ``first`` also builds the layout and the kernel's tile
 plan. ``layout_share`` is the time to build the layout over the cached time. ``error`` is the largest difference of one head from the
 float64 reference of the same method.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 import foveal
+from foveal.bench.flex import flex_job
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.core.base_mask import BaseMask
@@ -70,7 +72,9 @@ def steps_of(name: str, method: Pattern | Operator) -> tuple[int | None, int | N
     return None, None
 
 
-def measure_case(name: str, method: Pattern | Operator, tensors: tuple[Tensor, ...], repeats: int) -> dict[str, Any]:
+def measure_case(
+    name: str, method: Pattern | Operator, tensors: tuple[Tensor, ...], repeats: int, use_flex: bool
+) -> dict[str, Any]:
     q, k, v = tensors
     length = q.shape[2]
     before, step = steps_of(name, method)
@@ -99,9 +103,15 @@ def measure_case(name: str, method: Pattern | Operator, tensors: tuple[Tensor, .
         return pattern.select(q, k, context(base, step if pattern is method else None), own)[0]
 
     jobs["layout"] = select
+    chosen, by_flex = select(), "left out"
+    if use_flex:
+        job, by_flex = flex_job(q, k, v, chosen, cached)
+        if job is not None:
+            jobs["flex"] = job
+            jobs["attention"] = lambda: foveal.attention(q, k, v, chosen)
     seconds = interleaved(jobs, repeats)
     fast = speedups(seconds, "sdpa")
-    kept = measure(select(), cached, 1, HEADS, HEADS)
+    kept = measure(chosen, cached, 1, HEADS, HEADS)
     time = {job: Spread.of(values) for job, values in seconds.items()}
     row: dict[str, Any] = {
         "method": method.to_json(),
@@ -113,6 +123,9 @@ def measure_case(name: str, method: Pattern | Operator, tensors: tuple[Tensor, .
         "share_of_tile_bound": fast["cached"].median * kept.tile_density,
         "error": error_of(method, tensors, before, step, run(cached)),
     }
+    row["flex"] = by_flex
+    if "flex" in seconds:
+        row["attention_over_flex"] = speedups(seconds, "flex")["attention"].json()
     return row
 
 
@@ -154,6 +167,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(cases(64)), help="default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--side", type=int, default=64, help="image tokens per side, a multiple of 8")
+    parser.add_argument("--no-flex", action="store_true", help="leave compiled FlexAttention out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "patterns_diffusion.json")
     args = parser.parse_args()
     load = load_average()
@@ -164,12 +178,13 @@ def main() -> None:
         for name, method in cases(args.side).items():
             if args.cases and name not in args.cases:
                 continue
-            rows[name] = row = measure_case(name, method, (q, k, v), args.repeats)
+            rows[name] = row = measure_case(name, method, (q, k, v), args.repeats, not args.no_flex)
             ms = row["milliseconds"]
             print(
                 f"{name:20s} density {row['density']:.3f} tiles {row['tile_density']:.3f}  {ms['cached']:7.1f} ms, "
                 f"{row['times_faster_than_sdpa']['cached']['median']:5.2f}× SDPA, first {ms['first']:7.1f} ms, layout {ms['layout']:6.1f} ms, "
-                f"error {row['error']:.1e}",
+                f"error {row['error']:.1e}"
+                + (f", {row['attention_over_flex']['median']:.2f}× flex" if "attention_over_flex" in row else ""),
                 flush=True,
             )
     result: dict[str, Any] = {

@@ -1,13 +1,14 @@
 """How fast the patterns that choose by content are, with their selection counted, beside torch's dense SDPA.
 
-Usage: python benchmarks/patterns_dynamic.py [--lengths 4096 8192 16384] [--memory-length 32768] [--repeats 3] [--patterns NAME …]
+Usage: python benchmarks/patterns_dynamic.py [--lengths 4096 8192 16384] [--memory-length 32768] [--repeats 3] [--patterns NAME …] [--no-flex]
 
 8 heads of 64, float32. Keys come in segments of 64 tokens, each around one of 64 random topics; every query asks for topics of
 four earlier segments, so that there is something to choose. A pattern's time is selection plus attention by ``gather``; the
 selection's share stands beside it. SDPA runs with the pattern's own base mask: causal, or full for VMoBA on its grid.
 Target: at least 0.6 / tile density times faster than SDPA. Where the C++ kernels are there, ``native`` is the same by them; the target
 of their attention alone, selection not counted, is 0.8 / tile density times faster than their own dense attention. Token top-k is measured for one new token (its prefill computes
-every logit) and has no target. ``memory`` is the peak of the selection alone at the longest length, in MiB and in units of
+every logit) and has no target. ``flex`` is torch's compiled FlexAttention on the same blocks, where the pattern keeps blocks, beside the
+attention of ``gather`` and ``native`` alone. ``memory`` is the peak of the selection alone at the longest length, in MiB and in units of
 one float32 per query, block and head.
 """
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import foveal
+from foveal.bench.flex import flex_job
 from foveal.bench.memory import MIB, PeakMemory
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
@@ -93,12 +95,13 @@ def select(name: str, q: Tensor, k: Tensor, earlier: Layout | None) -> Layout | 
     return case.pattern(length).select(q, k, ctx, None)[0]
 
 
-def measure_length(length: int, names: list[str], repeats: int) -> dict[str, Any]:
+def measure_length(length: int, names: list[str], repeats: int, use_flex: bool) -> dict[str, Any]:
     q, k, v = tensors(length)
     one, whole = q[:, :, -1:], q
     causal_base = BaseMask.build(length, length, causal=True)
     earlier = CASES["block_topk"].pattern(length).select(q, k, SelectContext(causal_base), None)[0]
     fast = native.unavailable() is None
+    by_flex: dict[str, str] = {}
     jobs: dict[str, Callable[[], Any]] = {}
     for kind in sorted({_kind(CASES[name]) for name in (*names, "block_topk")}):
         rows, causal = one if kind == "one token" else whole, kind == "causal"
@@ -113,9 +116,13 @@ def measure_length(length: int, names: list[str], repeats: int) -> dict[str, Any
             return foveal.attention(rows, k, v, layout, causal=CASES[name].causal, impl=impl)
 
         jobs[name] = partial(both, "gather")
+        chosen, causal = select(name, rows, k, earlier), CASES[name].causal
+        if use_flex and not CASES[name].decode:
+            job, by_flex[name] = flex_job(rows, k, v, chosen, BaseMask.build(length, length, causal=causal))
+            if job is not None:
+                jobs[f"{name} flex"] = job
+                jobs[f"{name} attention"] = partial(foveal.attention, rows, k, v, chosen, causal=causal, impl="gather")
         if fast:
-            chosen = select(name, rows, k, earlier)
-            causal = CASES[name].causal
             jobs[f"{name} native"] = partial(both, "native")
             jobs[f"{name} native attention"] = partial(
                 foveal.attention, rows, k, v, chosen, causal=causal, impl="native"
@@ -134,7 +141,33 @@ def measure_length(length: int, names: list[str], repeats: int) -> dict[str, Any
                 select(name, one if CASES[name].decode else whole, k, earlier),
                 length,
             )
+            if name in by_flex:
+                out[name]["flex"] = _flex_row(name, seconds, by_flex[name], jobs)
     return out
+
+
+def _flex_row(
+    name: str, seconds: dict[str, list[float]], what: str, jobs: dict[str, Callable[[], Any]]
+) -> dict[str, Any]:
+    """FlexAttention's time, and how many times faster the attention alone is by ``gather`` and by ``native``; or why there is none."""
+    if f"{name} flex" not in jobs:
+        return {"left_out": what}
+    fast = speedups(seconds, f"{name} flex")
+    mine = {"gather": f"{name} attention", "native": f"{name} native attention"}
+    return {
+        "what": what,
+        "milliseconds": Spread.of(seconds[f"{name} flex"]).median * 1e3,
+        "difference": float((jobs[f"{name} flex"]() - jobs[f"{name} attention"]()).abs().max()),
+        "times_faster_than_flex": {impl: fast[job].json() for impl, job in mine.items() if job in fast},
+    }
+
+
+def _by_flex(row: dict[str, Any]) -> str:
+    if "times_faster_than_flex" not in row.get("flex", {}):
+        return ""
+    return "".join(
+        f", {impl} {found['median']:.2f}× flex" for impl, found in row["flex"]["times_faster_than_flex"].items()
+    )
 
 
 def _kind(case: Case) -> str:
@@ -213,13 +246,14 @@ def main() -> None:
     parser.add_argument("--memory-length", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--patterns", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--no-flex", action="store_true", help="leave compiled FlexAttention out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "patterns_dynamic.json")
     args = parser.parse_args()
     load = load_average()
     memory = measure_memory(args.memory_length, args.patterns)
     lengths: dict[str, Any] = {}
     for length in args.lengths:
-        lengths[str(length)] = rows = measure_length(length, args.patterns, args.repeats)
+        lengths[str(length)] = rows = measure_length(length, args.patterns, args.repeats, not args.no_flex)
         for name in args.patterns:
             row = rows[name]
             print(
@@ -227,7 +261,8 @@ def main() -> None:
                 f"selection {100 * row['selection_share']:4.1f} %, density {row['density']:.3f}, tiles {row['tile_density']:.3f}, "
                 f"error {row['relative_error']:.3f}"
                 + (f", target {row['target']:.2f}" if "target" in row else "")
-                + _by_native(row),
+                + _by_native(row)
+                + _by_flex(row),
                 flush=True,
             )
     for name, row in memory.items():

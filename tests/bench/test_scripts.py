@@ -68,9 +68,11 @@ def test_gather_memory(tmp_path: Path) -> None:
 def test_neighborhood_speed(tmp_path: Path) -> None:
     cases = ("2d_64x64_w16_s8", "1d_8192_w512_s1")
     out = tmp_path / "r.json"
-    data = script("neighborhood_speed.py", out, "--scale", "0.25", "--repeats", "1", "--cases", "1d_8192_w512_s1")
+    data = script(
+        "neighborhood_speed.py", out, "--scale", "0.25", "--repeats", "1", "--no-flex", "--cases", "1d_8192_w512_s1"
+    )
     assert data["cases"].keys() == {"1d_8192_w512_s1"} and data["targets"] == {}
-    data = script("neighborhood_speed.py", out, "--scale", "0.5", "--repeats", "1", "--cases", cases[0])
+    data = script("neighborhood_speed.py", out, "--scale", "0.5", "--repeats", "1", "--no-flex", "--cases", cases[0])
     row = data["cases"][cases[0]]
     assert row["ways"].keys() == {"rows", "tiles", "ordered", "blocks"}
     for way in row["ways"].values():
@@ -86,7 +88,15 @@ def test_neighborhood_picture(tmp_path: Path) -> None:
 
 def test_patterns_dynamic(tmp_path: Path) -> None:
     data = script(
-        "patterns_dynamic.py", tmp_path / "r.json", "--lengths", "512", "--memory-length", "512", "--repeats", "1"
+        "patterns_dynamic.py",
+        tmp_path / "r.json",
+        "--lengths",
+        "512",
+        "--memory-length",
+        "512",
+        "--repeats",
+        "1",
+        "--no-flex",
     )
     rows = data["lengths"]["512"]
     assert {"moba", "vmoba", "xattention", "reuse", "token_topk", "sdpa causal", "sdpa full", "sdpa one token"} <= set(
@@ -171,7 +181,8 @@ def test_machine_peaks(tmp_path: Path) -> None:
 
 def test_patterns_diffusion(tmp_path: Path) -> None:
     cases = ("disc_r8", "pooled_r8", "rettention_sparse", "sparsed_30")
-    data = script("patterns_diffusion.py", tmp_path / "r.json", "--side", "16", "--repeats", "1", "--cases", *cases)
+    small = ("--side", "16", "--repeats", "1", "--no-flex")
+    data = script("patterns_diffusion.py", tmp_path / "r.json", *small, "--cases", *cases)
     assert set(data["cases"]) == set(cases)
     assert all(row["error"] < 1e-4 and 0 < row["density"] <= 1 for row in data["cases"].values())
     assert data["targets"]["disc_r8: layout share at most"]["reached"] == data["cases"]["disc_r8"]["layout_share"]
