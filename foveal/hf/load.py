@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from ..core.cache import cache_dir as default_cache_dir
 from ..core.errors import ConfigError, ModelError, UnsupportedError, nearest
 from ..core.info import PACKAGED
+from ..core.speed import slowdown
 from .checkpoint import FORMS, model_folder, read_checkpoint
 from .converted import check_gguf, copy_folder, drop, read_gguf, read_manifest, write_copy
 from .fingerprint import fingerprint
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_EMULATED = 4.0
+"""Times slower than float32 from which a dtype counts as emulated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,21 @@ def load_model(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) else None
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if place.type == "cpu":
+        _warn_if_emulated(getattr(torch, kind))
     return LoadedModel(model, tokenizer, shown, source, fingerprint(model), kind, limit)
+
+
+def _warn_if_emulated(dtype: torch.dtype) -> None:
+    """Say so when this processor has no instructions for the model's dtype."""
+    factor = slowdown(dtype) if dtype in (torch.bfloat16, torch.float16) else 1.0
+    if factor > _EMULATED:
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"foveal: this processor multiplies {name} matrices {factor:.0f} times slower than float32; "
+            "use dtype float32 (--dtype float32) unless memory forbids it.",
+            stacklevel=3,
+        )
 
 
 def packaged(name: str) -> tuple[Path, str]:

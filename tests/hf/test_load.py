@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,21 @@ def test_fingerprint_sees_names_and_shapes() -> None:
 
     prints = {fingerprint(Named("a", 2, 6)), fingerprint(Named("b", 2, 6)), fingerprint(Named("a", 3, 4))}
     assert len(prints) == 3
+
+
+def test_a_dtype_that_the_processor_only_emulates_is_warned_about(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "slowdown", lambda dtype: 8.4)
+    with pytest.warns(
+        UserWarning, match=r"multiplies bfloat16 matrices 8 times slower than float32; use dtype float32"
+    ):
+        load_model(folder, dtype="bfloat16", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(folder, dtype="float32", device="cpu")
+        monkeypatch.setattr(load, "slowdown", lambda dtype: 1.2)
+        load_model(folder, dtype="bfloat16", device="cpu")
 
 
 def test_fingerprint_is_the_same_for_float32_and_bfloat16_loads() -> None:
