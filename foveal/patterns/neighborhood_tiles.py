@@ -79,7 +79,8 @@ def row_major_touches(axes: Sequence[Axis], q_block: int, kv_block: int, first: 
     token = torch.arange(first, min(first + q_len, tokens))
     block = torch.div(token - first, q_block, rounding_mode="floor")
     line = torch.div(token, width, rounding_mode="floor")
-    _, segment, _ = torch.unique_consecutive(torch.stack([block, line]), dim=1, return_inverse=True, return_counts=True)
+    begins = (block.diff() != 0) | (line.diff() != 0)  # a segment is what a block and a line share
+    segment = torch.nn.functional.pad(begins.long().cumsum(0), (min(1, token.numel()), 0))
     count = int(segment[-1]) + 1 if segment.numel() else 0
     keys = axes[-1].keys()
     ends = keys.amax(-1) + 1
