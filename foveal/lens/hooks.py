@@ -45,7 +45,7 @@ class Record:
 
     Attributes:
         ids: ``(B, N)`` tokens. k, v: per layer ``(B, Hkv, N, D)``. z: per layer ``(B, H, N, Dv)``.
-        mlp: per layer ``(B, N, C)``; empty where the family has no MLP module.
+        mlp: per layer ``(B, N, C)``; empty where the family has no MLP module. resid: likewise, what entered each block.
         allowed: per layer ``(B or 1, N, N)`` bool, who may see whom.
     """
 
@@ -54,6 +54,7 @@ class Record:
     v: list[Tensor]
     z: list[Tensor]
     mlp: list[Tensor]
+    resid: list[Tensor]
     allowed: list[Tensor]
 
     @property
@@ -104,13 +105,14 @@ class Points:
         self.sites = decoder_sites(model)
         self.blocks = [model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
         self.mlps = [next((m for n, m in b.named_children() if n in MLP_NAMES), None) for b in self.blocks]
+        self._plain_blocks = False
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def record(
         self, ids: Tensor, edits: Mapping[str, Edit] | None = None, *, weights: Callable[[int, Tensor], None] | None = None
     ) -> tuple[Record, Tensor]:  # fmt: skip
         """One full forward over ``ids`` ``(B, N)``: what happened, and the logits ``(B, N, V)``; ``weights`` is shown every layer's."""
-        found = Record(ids, [], [], [], [], [])
+        found = Record(ids, [], [], [], [], [], [])
 
         def attention(site: AttentionSite, call: AttentionCall, sinks: Tensor | None) -> Tensor:
             q, k, v = (_apply(edits, n, site.index, t) for n, t in (("q", call.q), ("k", call.k), ("v", call.v)))
@@ -127,12 +129,13 @@ class Points:
             found.allowed.append(allowed)
             return z
 
-        with self._module_edits(edits, found.mlp if all(self.mlps) else None), own_attention(self.model, attention):
+        with self._module_edits(edits, found), own_attention(self.model, attention):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return found, logits
 
     def run(
-        self, record: Record, rows: Rows, edits: Mapping[str, Edit] | None = None, *, frozen: bool = False, last_layer: int | None = None
+        self, record: Record, rows: Rows, edits: Mapping[str, Edit] | None = None, *, frozen: bool = False,
+        first_layer: int = 0, last_layer: int | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Run the rows again on top of a record.
 
@@ -140,6 +143,7 @@ class Points:
             record: gives keys and values of all positions that ``rows`` leave out, or, when frozen, every head's output.
             rows: prompts and positions. edits: by point.
             frozen: heads put out what they put out in the record (before an edit of ``z``); then positions do not meet.
+            first_layer: nothing is edited below it, so the blocks below are not computed.
             last_layer: end once q, k and v of this layer have been edited.
 
         Returns:
@@ -164,7 +168,7 @@ class Points:
         extra: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         ids = record.ids[rows.prompt[:, None], rows.position]
         try:
-            with self._module_edits(edits), own_attention(self.model, attention):
+            with self._module_edits(edits), self._skip(record, rows, first_layer), own_attention(self.model, attention):
                 out = self.model(input_ids=ids, position_ids=rows.position, use_cache=False, **extra)
         except _Stop:
             return None
@@ -172,47 +176,74 @@ class Points:
         return logits
 
     @contextmanager
-    def _module_edits(self, edits: Mapping[str, Edit] | None, keep: list[Tensor] | None = None) -> Iterator[None]:
-        """Hooks at blocks and MLPs, for the points that attention does not see; ``keep`` takes every MLP's output."""
+    def _module_edits(self, edits: Mapping[str, Edit] | None, into: Record | None = None) -> Iterator[None]:
+        """Hooks at blocks and MLPs, for the points that attention does not see; ``into`` takes what passes there."""
         for name in edits or {}:
             if name not in POINTS:
                 raise ConfigError(f"edits name the point {name!r}. {nearest(name, POINTS)}")
-        wanted = {"resid", "mlp"} & set(edits or {})
-        if "mlp" in wanted and not all(self.mlps):
+        if "mlp" in (edits or {}) and not all(self.mlps):
             raise UnsupportedError(
                 f"{type(self.model).__name__} has no MLP module that foveal knows ({', '.join(MLP_NAMES)}); use freeze_mlps=False."
             )
         with ExitStack() as stack:
             for i, (block, mlp) in enumerate(zip(self.blocks, self.mlps, strict=True)):
-                if "resid" in wanted:
-                    hook: Any = block.register_forward_pre_hook(_resid_hook(edits, i), with_kwargs=True)
+                if "resid" in (edits or {}) or into is not None:
+                    hook: Any = block.register_forward_pre_hook(_resid_hook(edits, into, i), with_kwargs=True)
                     stack.callback(hook.remove)
-                if mlp is not None and ("mlp" in wanted or keep is not None):
-                    stack.callback(mlp.register_forward_hook(_mlp_hook(edits, keep, i)).remove)
+                if mlp is not None and ("mlp" in (edits or {}) or into is not None):
+                    stack.callback(mlp.register_forward_hook(_mlp_hook(edits, into, i)).remove)
+            if into is not None:
+                stack.callback(self.blocks[0].register_forward_hook(self._look_at_block).remove)
             yield
+
+    def _look_at_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._plain_blocks = isinstance(output, Tensor)
+
+    @contextmanager
+    def _skip(self, record: Record, rows: Rows, first: int) -> Iterator[None]:
+        """Let the blocks below ``first`` pass their input on, and give block ``first`` what the record says enters it."""
+        if first == 0 or not self._plain_blocks or any("forward" in vars(block) for block in self.blocks):
+            yield
+            return
+        entering = record.resid[first][rows.prompt[:, None], rows.position]
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
+
+        hook = self.blocks[first].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        try:
+            for block in self.blocks[:first]:
+                vars(block)["forward"] = _pass_on
+            yield
+        finally:
+            hook.remove()
+            for block in self.blocks[:first]:
+                vars(block).pop("forward", None)
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 def _apply(edits: Mapping[str, Edit] | None, name: str, layer: int, value: Tensor) -> Tensor:
     return edits[name](layer, value) if edits is not None and name in edits else value
 
 
-def _resid_hook(edits: Mapping[str, Edit] | None, layer: int) -> Callable[..., Any]:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (_apply(edits, "resid", layer, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _apply(edits, "resid", layer, kwargs["hidden_states"])}
+def _resid_hook(edits: Mapping[str, Edit] | None, into: Record | None, layer: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = _apply(edits, "resid", layer, args[0] if args else kwargs["hidden_states"])
+        if into is not None:
+            into.resid.append(value)
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
     return hook
 
 
-def _mlp_hook(edits: Mapping[str, Edit] | None, keep: list[Tensor] | None, layer: int) -> Callable[..., Any]:
+def _mlp_hook(edits: Mapping[str, Edit] | None, into: Record | None, layer: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        value: Tensor = output[0] if isinstance(output, tuple) else output
-        value = _apply(edits, "mlp", layer, value)
-        if keep is not None:
-            keep.append(value)
+        value = _apply(edits, "mlp", layer, output[0] if isinstance(output, tuple) else output)
+        if into is not None:
+            into.mlp.append(value)
         return (value, *output[1:]) if isinstance(output, tuple) else value
 
     return hook

@@ -120,7 +120,7 @@ def patch_heads(
     width = _span(c, where)
     for batch in _batches(c, senders, rows, progress):
         run = _suffix(c, batch.prompt, width)
-        logits = c.points.run(c.clean, run, {"z": _sender(c, batch, run, where)})
+        logits = c.points.run(c.clean, run, {"z": _sender(c, batch, run, where)}, first_layer=int(batch.layer.min()))
         assert logits is not None
         batch.write(change, c.difference(logits, batch.prompt) - c.clean_difference[batch.prompt])
     return _effects("activation", at, "", change, c)
@@ -156,20 +156,19 @@ def patch_paths(
     change = _empty(c, 0.0)
     width = _span(c, where)
     for batch in _batches(c, senders, rows, progress):
-        first = Rows(batch.prompt, where[batch.prompt])
+        first, start = Rows(batch.prompt, where[batch.prompt]), int(batch.layer.min())
         edits: dict[str, Edit] = {"z": _sender(c, batch, first, where)}
         if freeze_mlps:
             edits["mlp"] = _clean_mlp(c, first)
         if receivers.kind == "final":
-            logits = c.points.run(c.clean, first, edits, frozen=True)
+            logits = c.points.run(c.clean, first, edits, frozen=True, first_layer=start)
         else:
             seen: dict[tuple[str, int], Tensor] = {}
             edits |= {name: _keep(seen, name) for name in receivers.kind}
-            c.points.run(c.clean, first, edits, frozen=True, last_layer=last)
+            c.points.run(c.clean, first, edits, frozen=True, first_layer=start, last_layer=last)
             run = _suffix(c, batch.prompt, width)
-            logits = c.points.run(
-                c.clean, run, {name: _receive(c, receivers, seen, name, first, run) for name in receivers.kind}
-            )
+            received = {name: _receive(c, receivers, seen, name, first, run) for name in receivers.kind}
+            logits = c.points.run(c.clean, run, received, first_layer=min(layer for layer, _ in receivers.heads))
         assert logits is not None
         batch.write(change, c.difference(logits, batch.prompt) - c.clean_difference[batch.prompt])
     return _effects("path", at, str(receivers), change, c)

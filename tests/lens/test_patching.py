@@ -280,6 +280,21 @@ def test_attribution_works_with_frozen_parameters_and_refuses_inference_mode():
         attribute_heads(c)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_blocks_below_the_first_edit_are_skipped_without_a_difference(name, frozen):
+    pairs = toy_pairs()
+    c = compare(tiny(name), pairs)
+    rows = Rows(torch.arange(len(pairs)), pairs.places["both"])
+    ran: list[int] = []
+    edits = {"z": lambda i, z: ran.append(i) or (c.corrupt.z[2][:, :, -2:] if i == 2 else z)}
+    with torch.no_grad():
+        whole = c.points.run(c.clean, rows, edits, frozen=frozen)
+        short = c.points.run(c.clean, rows, edits, frozen=frozen, first_layer=2)
+    assert ran == [0, 1, 2, 2]
+    torch.testing.assert_close(whole, short, rtol=0, atol=1e-9)
+
+
 # --- edges --------------------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +333,14 @@ def test_the_model_is_as_before_after_an_exception():
         with pytest.raises(RuntimeError, match="on purpose"):
             c.points.record(ids, {"z": lambda i, z: (_ for _ in ()).throw(RuntimeError("on purpose"))})
         assert torch.equal(model(input_ids=ids).logits, before)
+        rows = Rows(torch.arange(len(pairs)), pairs.places["end"])
+        with pytest.raises(RuntimeError, match="on purpose"):
+            c.points.run(
+                c.clean, rows, {"z": lambda i, z: (_ for _ in ()).throw(RuntimeError("on purpose"))}, first_layer=1
+            )
+        assert torch.equal(model(input_ids=ids).logits, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize(
