@@ -1,0 +1,1 @@
+"""Change a model's attention while it runs."""
