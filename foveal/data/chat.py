@@ -67,7 +67,10 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *
         ended = messages[-1]["role"] == "assistant"
         text = str(
             tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=not ended, continue_final_message=ended
+                [dict(m) for m in messages],
+                tokenize=False,
+                add_generation_prompt=not ended,
+                continue_final_message=ended,
             )
         )
     else:

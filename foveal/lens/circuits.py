@@ -16,8 +16,8 @@ from torch import nn
 from ..core.errors import ConfigError, nearest
 from ..data import colored_objects, ioi
 from ..data.pairs import END, PromptPairs
-from .effects import Head, HeadEffects
-from .patching import Comparison, Receivers, compare, patch_paths
+from .effects import Head, HeadEffects, Receivers
+from .patching import Comparison, compare, patch_paths
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ class Stage:
     """One step back from the answer.
 
     Attributes:
-        name: of the heads it finds. kind: of receivers, see :class:`foveal.lens.patching.Receivers`.
+        name: of the heads it finds. kind: of receivers, see :class:`foveal.lens.effects.Receivers`.
         of: the earlier stage whose heads receive; "" for the final residual. at: the place where it acts.
     """
 

@@ -1,4 +1,4 @@
-"""What patching each head alone does, with intervals over prompts."""
+"""Heads, where paths between them end, and what patching each head alone does, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from .profile import numbers
 
 Head = tuple[int, int]
@@ -64,3 +65,30 @@ class HeadEffects:
             "clean_difference": float(self.clean_difference.mean()), "corrupt_difference": float(self.corrupt_difference.mean()),
             "effect": numbers(self.effect), "low": numbers(low), "high": numbers(high), "change": numbers(self.change.mean(-1)),
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Receivers:
+    """Where paths end: the final residual, or queries, keys, values, or keys and values of heads.
+
+    Attributes:
+        kind: "final", "q", "k", "v" or "kv". heads: query heads; a grouped head's keys and values are those of its whole group.
+    """
+
+    kind: str = "final"
+    heads: tuple[Head, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("final", "q", "k", "v", "kv"):
+            raise ConfigError(f"receivers of kind {self.kind!r}; expected 'final', 'q', 'k', 'v' or 'kv'.")
+        if (self.kind == "final") == bool(self.heads):
+            raise ConfigError(
+                f"receivers of kind {self.kind!r} with heads {self.heads}; 'final' takes none, the others at least one."
+            )
+
+    def __str__(self) -> str:
+        return (
+            self.kind
+            if not self.heads
+            else f"{self.kind} of " + ", ".join(f"{layer}.{head}" for layer, head in self.heads)
+        )

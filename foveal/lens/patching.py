@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..data.pairs import END, PromptPairs
-from .effects import Head, HeadEffects
+from .effects import Head, HeadEffects, Receivers
 from .hooks import Edit, Points, Record, Rows
 
 Progress = Callable[[int, int], None]
@@ -72,33 +72,6 @@ def compare(model: nn.Module, pairs: PromptPairs) -> Comparison:
         logits[each, end, pairs.correct] - logits[each, end, pairs.foil] for _, logits in runs
     ]  # fmt: skip
     return Comparison(points, pairs, runs[0][0], runs[1][0], differences[0], differences[1])
-
-
-@dataclass(frozen=True)
-class Receivers:
-    """Where paths end: the final residual, or queries, keys, values, or keys and values of heads.
-
-    Attributes:
-        kind: "final", "q", "k", "v" or "kv". heads: query heads; a grouped head's keys and values are those of its whole group.
-    """
-
-    kind: str = "final"
-    heads: tuple[Head, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("final", "q", "k", "v", "kv"):
-            raise ConfigError(f"receivers of kind {self.kind!r}; expected 'final', 'q', 'k', 'v' or 'kv'.")
-        if (self.kind == "final") == bool(self.heads):
-            raise ConfigError(
-                f"receivers of kind {self.kind!r} with heads {self.heads}; 'final' takes none, the others at least one."
-            )
-
-    def __str__(self) -> str:
-        return (
-            self.kind
-            if not self.heads
-            else f"{self.kind} of " + ", ".join(f"{layer}.{head}" for layer, head in self.heads)
-        )
 
 
 @torch.no_grad()

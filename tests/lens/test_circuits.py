@@ -23,7 +23,8 @@ from foveal.lens.circuits import (
     overlaps,
     parse_heads,
 )
-from foveal.lens.patching import Receivers, compare, patch_paths
+from foveal.lens.effects import Receivers
+from foveal.lens.patching import compare, patch_paths
 from foveal.lens.row_edit import edit_rows, reaction, sweep
 
 from ..hf import models

@@ -14,8 +14,9 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from foveal.core.errors import ConfigError, UnsupportedError
+from foveal.lens.effects import Receivers
 from foveal.lens.hooks import Rows
-from foveal.lens.patching import Receivers, attribute_heads, compare, patch_heads, patch_paths
+from foveal.lens.patching import attribute_heads, compare, patch_heads, patch_paths
 
 from ..hf import models
 from .pairs import toy_pairs

@@ -117,16 +117,19 @@ def test_decoding_equals_one_pass_and_families_run(name, generated):
 
 
 def test_generated_keys_are_kept_or_scaled():
+    """As if the prompt's mask went on with True, or with False."""
     model, ids = models.build("llama", "sdpa"), models.tokens(1, N)
-    prompt = torch.ones(
-        1, N - 4, dtype=torch.bool
-    )  # all of the prompt is the user's: only generated keys can lie outside
-    with torch.no_grad():
-        plain = model(input_ids=ids).logits
-        with context_steering(model, prompt, 0.3):
-            assert_close(model(input_ids=ids).logits, plain, 1e-4)
-        with context_steering(model, prompt, 0.3, generated="scale"):
-            assert not torch.allclose(model(input_ids=ids).logits, plain, atol=1e-2)
+    prompt = torch.ones(1, N - 4, dtype=torch.bool)
+    prompt[:, [2, -1]] = False
+    for generated, value in (("keep", True), ("scale", False)):
+        whole = torch.cat([prompt, torch.full((1, 4), value)], 1)
+        with torch.no_grad():
+            with context_steering(model, prompt, 0.3, generated=generated):
+                short = model(input_ids=ids).logits
+            with context_steering(model, whole, 0.3):
+                assert_close(short, model(input_ids=ids).logits, 1e-5)
+            with context_steering(model, torch.cat([prompt, torch.full((1, 4), not value)], 1), 0.3):
+                assert not torch.allclose(model(input_ids=ids).logits, short, atol=1e-2)
 
 
 def test_left_padding_does_not_matter():
