@@ -233,7 +233,7 @@ def _receive(
     def edit(layer: int, value: Tensor) -> Tensor:
         group = c.clean.heads[layer] // value.shape[1]
         chosen = [head // group for at, head in receivers.heads if at == layer]
-        if not chosen:
+        if not chosen or (name, layer) not in seen:  # below the first sender of the batch: what it receives is clean
             return value
         out = value.clone()
         for j in range(first.position.shape[1]):

@@ -112,6 +112,7 @@ def slow_path(model: Any, pairs: Any, sender: tuple[int, int], receivers: Receiv
     [
         (Receivers(), "end"),
         (Receivers("q", ((1, 2), (2, 0))), "end"),
+        (Receivers("q", ((0, 1), (2, 0))), "end"),
         (Receivers("v", ((2, 3),)), "s2"),
         (Receivers("kv", ((1, 0), (2, 1))), "both"),
     ],

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ...data.grids import GridTask
 from ...lens.chain import Chain
-from ...lens.latents import AddNoise, MatchedNoise, Share, Zero, moments
+from ...lens.latents import AddNoise, Hook, MatchedNoise, Share, Zero, moments
 from ...lens.mediation import Audit, Effects, Instrument, audit, instrument, latent_effects, probe
 from ...recipes.fit import fit
 from .command import run_measures
@@ -37,7 +37,7 @@ def decoder(seed: int) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=TASK.vocab_size, hidden_size=DIM, intermediate_size=2 * DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-            num_key_value_heads=HEADS, max_position_embeddings=64, attn_implementation="sdpa",
+            num_key_value_heads=HEADS, max_position_embeddings=64,
         )
     )  # fmt: skip
 
@@ -61,7 +61,7 @@ def audited(chain: Chain, seed: int) -> tuple[Audit, Effects, dict[str, float]]:
     grids = TASK.draw(HELD_OUT, torch.Generator().manual_seed(1_000_003 + seed))
     with torch.no_grad():
         z = chain.think(grids.ids)
-    corruptions = {
+    corruptions: dict[str, Hook] = {
         "matched noise": MatchedNoise(*moments(z), seed=seed), "added noise": AddNoise(float(z.std()), seed), "share": Share(z[0, 0]),
         "zero": Zero(),
     }  # fmt: skip
