@@ -16,6 +16,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,32 +57,32 @@ def peer(loaded: LoadedModel) -> tuple[Any, str]:
 
 
 @torch.no_grad()
-def peer_paths(bridge: Any, c: Comparison, heads: list[Head]) -> Tensor:
+def peer_records(bridge: Any, c: Comparison) -> list[dict[str, Tensor]]:
+    """Head outputs of the clean and the corrupted run by hook name."""
+    keep = {hook_name(layer) for layer in range(len(c.clean.z))}
+    sides = (c.pairs.clean, c.pairs.corrupt)
+    return [dict(bridge.run_with_cache(ids, names_filter=lambda name: name in keep)[1].items()) for ids in sides]
+
+
+def hook_name(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_z"
+
+
+@torch.no_grad()
+def peer_paths(bridge: Any, c: Comparison, records: list[dict[str, Tensor]], heads: list[Head]) -> Tensor:
     """``(heads, B)`` changes of the logit difference by whole forwards with hooks."""
-    hooks = [f"blocks.{layer}.attn.hook_z" for layer in range(len(c.clean.z))]
-    keep = set(hooks)
-    _, clean = bridge.run_with_cache(c.pairs.clean, names_filter=lambda name: name in keep)
-    _, corrupt = bridge.run_with_cache(c.pairs.corrupt, names_filter=lambda name: name in keep)
+    clean, corrupt = records
     every, end = torch.arange(len(c.pairs)), c.pairs.place(END)[:, 0]
     out = []
     for layer, head in heads:
 
-        def freeze(z: Tensor, hook: Any = None, *, name: str, sender: int | None) -> Tensor:
-            z = clean[name].clone()
-            if sender is not None:
-                z[every, end, sender] = corrupt[name][every, end, sender]
-            return z
+        def freeze(z: Tensor, hook: Any, sender: str = hook_name(layer), head: int = head) -> Tensor:
+            kept = clean[hook.name].clone()
+            if hook.name == sender:
+                kept[every, end, head] = corrupt[hook.name][every, end, head]
+            return kept
 
-        fwd = [
-            (
-                name,
-                lambda z, hook=None, name=name, sender=head if i == layer else None: freeze(
-                    z, name=name, sender=sender
-                ),
-            )
-            for i, name in enumerate(hooks)
-        ]
-        logits = bridge.run_with_hooks(c.pairs.clean, fwd_hooks=fwd)[every, end]
+        logits = bridge.run_with_hooks(c.pairs.clean, fwd_hooks=[(name, freeze) for name in clean])[every, end]
         out.append(c.difference(logits, every) - c.clean_difference)
     return torch.stack(out)
 
@@ -99,6 +100,7 @@ def main() -> None:
     pairs = build_pairs("ioi", loaded.tokenizer, args.prompts)
     first, c = seconds(lambda: compare(loaded.model, pairs))
     bridge, told = peer(loaded)
+    records = [] if bridge is None else peer_records(bridge, c)
     sample = c.heads[:: max(1, len(c.heads) // args.peer_heads)][: args.peer_heads]
     patch_paths(c, heads=sample[:1])  # warm-up
     times: dict[str, list[float]] = {}
@@ -111,14 +113,14 @@ def main() -> None:
         movers = effects.top(0.02)
         receivers = Receivers("q", tuple(movers))
         jobs: dict[str, Callable[[], Any]] = {
-            "paths to the queries of the movers": lambda receivers=receivers: patch_paths(c, receivers),
-            "activation patching at the end": lambda: patch_heads(c),
-            "attribution patching at the end": lambda: attribute_heads(c),
+            "paths to the queries of the movers": partial(patch_paths, c, receivers),
+            "activation patching at the end": partial(patch_heads, c),
+            "attribution patching at the end": partial(attribute_heads, c),
         }
         for name, job in jobs.items():
             times.setdefault(name, []).append(seconds(job)[0])
         if bridge is not None:
-            took, theirs = seconds(lambda: peer_paths(bridge, c, sample))
+            took, theirs = seconds(lambda: peer_paths(bridge, c, records, sample))
             times.setdefault("TransformerLens, sample of heads", []).append(took)
         print(f"{turn + 1}/{args.repeats}", {name: round(values[-1], 1) for name, values in times.items()}, flush=True)
     median = {name: statistics.median(values) for name, values in times.items()}

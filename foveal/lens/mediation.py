@@ -243,13 +243,18 @@ def probe(features: Tensor, labels: Tensor, *, folds: int = 5, ridge: float = 1.
     return Probe(score(coded), float(coded.bincount().max()) / len(coded), score(shuffled))
 
 
+CRITERIA = (
+    "noise hurts the bottleneck 5 times as much", "proportion mediated above 0.8 and below 0.3", "latents of the bottleneck differ more",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Instrument:
     """The two-model check: can the audit tell latents that carry the answer from latents that can be bypassed?
 
     Attributes:
         drop_open, drop_bottleneck: accuracy lost under matched noise. mediated_open, mediated_bottleneck: proportion mediated.
-        inter_open, inter_bottleneck: mean inter-instance similarity, mean-centred.
+        inter_open, inter_bottleneck: mean inter-instance similarity, raw (mean-centred it is near −1/(M − 1) in any model).
     """
 
     drop_open: float
@@ -263,10 +268,9 @@ class Instrument:
     def criteria(self) -> dict[str, bool]:
         """The three criteria of the check; NaN fulfils none."""
         return {
-            "noise hurts the bottleneck 5 times as much": self.drop_bottleneck > 0
-            and self.drop_bottleneck >= 5 * self.drop_open,
-            "proportion mediated above 0.8 and below 0.3": self.mediated_bottleneck > 0.8 and self.mediated_open < 0.3,
-            "latents of the bottleneck differ more": self.inter_bottleneck < self.inter_open,
+            CRITERIA[0]: self.drop_bottleneck > 0 and self.drop_bottleneck >= 5 * self.drop_open,
+            CRITERIA[1]: self.mediated_bottleneck > 0.8 and self.mediated_open < 0.3,
+            CRITERIA[2]: self.inter_bottleneck < self.inter_open,
         }
 
     @property
@@ -291,5 +295,5 @@ def instrument(
     (a, ea), (b, eb) = open_, bottleneck
     return Instrument(
         -a.corruptions[noise].change, -b.corruptions[noise].change, ea.proportion, eb.proportion,
-        float(a.centered.inter.mean()), float(b.centered.inter.mean()),
+        float(a.raw.inter.mean()), float(b.raw.inter.mean()),
     )  # fmt: skip
