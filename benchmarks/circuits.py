@@ -76,13 +76,15 @@ def peer_paths(bridge: Any, c: Comparison, records: list[dict[str, Tensor]], hea
     out = []
     for layer, head in heads:
 
-        def freeze(z: Tensor, hook: Any, sender: str = hook_name(layer), head: int = head) -> Tensor:
-            kept = clean[hook.name].clone()
-            if hook.name == sender:
-                kept[every, end, head] = corrupt[hook.name][every, end, head]
+        def freeze(z: Tensor, hook: Any, name: str, sender: str = hook_name(layer), head: int = head) -> Tensor:
+            kept = clean[name].clone()
+            if name == sender:
+                kept[every, end, head] = corrupt[name][every, end, head]
             return kept
 
-        logits = bridge.run_with_hooks(c.pairs.clean, fwd_hooks=[(name, freeze) for name in clean])[every, end]
+        logits = bridge.run_with_hooks(c.pairs.clean, fwd_hooks=[(name, partial(freeze, name=name)) for name in clean])[
+            every, end
+        ]
         out.append(c.difference(logits, every) - c.clean_difference)
     return torch.stack(out)
 

@@ -160,7 +160,7 @@ def find_circuit(
     model: nn.Module, pairs: PromptPairs, *, stages: Sequence[Stage] | None = None, share: float = SHARE,
     freeze_mlps: bool = False, rows: int = 512, progress: StageProgress | None = None,
 ) -> Circuit:  # fmt: skip
-    """Find a task's circuit by staged path patching.
+    """Find a task's circuit by staged path patching; it ends where a stage finds no head with any effect.
 
     Args:
         model: a decoder in eval mode. pairs: from :func:`build_pairs`, :mod:`foveal.data.ioi` or :mod:`foveal.data.colored_objects`.
@@ -179,7 +179,11 @@ def find_circuit(
         raise ConfigError(f"share is {share}; expected a number above 0 and at most 1, such as {SHARE}.")
     c = compare(model, pairs)
     kept: dict[str, Found] = {}
+    ended: set[str] = set()  # stages whose receivers are no heads
     for stage in stages if stages is not None else STAGES[pairs.name]:
+        if stage.of in ended or (stage.of in kept and not kept[stage.of].heads):
+            ended.add(stage.name)
+            continue
         receivers = _receivers(stage, kept)
         told = None if progress is None else _told(progress, stage.name)
         effects = patch_paths(c, receivers, stage.at, freeze_mlps=freeze_mlps, rows=rows, progress=told)
@@ -213,10 +217,6 @@ def _receivers(stage: Stage, kept: dict[str, Found]) -> Receivers:
     if stage.of not in kept:
         raise ConfigError(
             f"stage {stage.name!r} receives at heads of {stage.of!r}, which is no earlier stage. {nearest(stage.of, kept)}"
-        )
-    if not kept[stage.of].heads:
-        raise ConfigError(
-            f"stage {stage.of!r} found no head with any effect, so stage {stage.name!r} has no receivers; use other pairs."
         )
     return Receivers(stage.kind, tuple(kept[stage.of].heads))
 

@@ -60,6 +60,16 @@ def test_stages_receive_at_the_heads_of_earlier_ones():
     assert found.heads == {h for f in found.stages for h in f.heads} and found.at(0.4) == found.heads
 
 
+def test_a_circuit_ends_where_nothing_feeds_a_stage():
+    """Movers in the first layer alone: no head lies below them, so later stages have no receivers."""
+    model = tiny()
+    for layer in model.model.layers[1:]:
+        layer.self_attn.o_proj.weight.data.zero_()
+    found = find_circuit(model, toy_pairs(), stages=STAGES, share=0.2)
+    assert [f.stage.name for f in found.stages] == ["movers", "inhibition"] and found.stages[1].heads == []
+    assert {layer for layer, _ in found.heads} == {0}
+
+
 def test_overlap_identities():
     """overlap(A, A) = 1, symmetric, disjoint = 0, and the same under relabelling of both."""
     draw = random.Random(0)

@@ -50,7 +50,6 @@ def test_circuit_measure(monkeypatch, tmp_path):
         "HEADS": 4,
         "DIM": 16,
         "DRAWS": 20,
-        "BATCH": 4,
     }.items():
         monkeypatch.setattr(circuit_reuse, name, value)
     result = circuit_reuse.measure_symbolic(seeds=2, seed=7, out=tmp_path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from ...data.pairs import END, PromptPairs
 from ...lens.circuits import SHARES, Circuit, Stage, find_circuit, jaccard, overlaps
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DIM, DEPTH, HEADS = 128, 4, 8
 NAMES, COLORS, THINGS, MODULUS = 24, 12, 12, 20
-BATCH, TRAINING, LR = 32, 700, 2e-3
+BATCH, TRAINING, LR = {"ioi": 24, "colored_objects": 48, "successor": 8}, 1500, 2e-3
 PROMPTS, SHARE, SEEDS, DRAWS = 128, 0.1, 5, 1000
 
 NAME, COLOR = 0, NAMES
@@ -98,11 +98,14 @@ def trained(seed: int) -> PreTrainedModel:
     model = decoder(seed)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        total = torch.zeros(())
-        for task in TASKS:
-            pairs = draw(task, BATCH, generator)
-            total = total + cross_entropy(model(input_ids=pairs.clean).logits[:, -1], pairs.correct)
-        return total
+        drawn = [draw(task, count, generator) for task, count in BATCH.items()]
+        width = max(pairs.clean.shape[1] for pairs in drawn)
+        ids = torch.cat(
+            [pad(pairs.clean, (0, width - pairs.clean.shape[1])) for pairs in drawn]
+        )  # nothing sees what lies behind it
+        end = torch.cat([pairs.place(END)[:, 0] for pairs in drawn])
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[torch.arange(len(ids)), end]
+        return cross_entropy(model.lm_head(hidden), torch.cat([pairs.correct for pairs in drawn]))
 
     fit(model, loss, TRAINING, lr=LR, seed=seed)
     return model
