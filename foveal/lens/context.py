@@ -155,7 +155,8 @@ def template_shift(
 ) -> TemplateShift:
     """User mass before and after the chat template, at the last token of a response prefix.
 
-    The retrieval head is chosen on the run without template and reused for the run with it.
+    The retrieval head is chosen on the run without template and reused for the run with it. The first token counts as BOS in both runs,
+    whatever it is: it holds the attention sink, and without a BOS token the sink would count as the user's text in the plain run alone.
 
     Args:
         messages: the last one is the assistant's response prefix, whose last token is the row that is measured.
@@ -167,8 +168,11 @@ def template_shift(
         raise ConfigError(
             "the last message must be the assistant's response prefix, so that both runs end in the same token."
         )
-    plain = allocation(model, read_chat(tokenizer, messages, template=False), layer)
-    return TemplateShift(plain, allocation(model, read_chat(tokenizer, messages), plain.layer, plain.head))
+    chats = [read_chat(tokenizer, messages, template=template) for template in (False, True)]
+    for chat in chats:
+        chat.role[0] = BOS
+    plain = allocation(model, chats[0], layer)
+    return TemplateShift(plain, allocation(model, chats[1], plain.layer, plain.head))
 
 
 def context_scores(

@@ -134,7 +134,8 @@ def test_tokens_know_whose_they_are(bos):
     assert tokenizer.decode(read_chat(tokenizer, TALK[:3]).ids).endswith("<|assistant|>")
 
 
-def test_template_shift_reuses_the_head_of_the_plain_run():
+@pytest.mark.parametrize("bos", [True, False])
+def test_template_shift_reuses_the_head_of_the_plain_run(bos):
     torch.manual_seed(0)
     import transformers
 
@@ -147,10 +148,12 @@ def test_template_shift_reuses_the_head_of_the_plain_run():
         num_key_value_heads=2,
     )
     model = models.fill(transformers.LlamaForCausalLM(config).eval()).double()
-    tokenizer = byte_tokenizer(bos=True, chat=True)
+    tokenizer = byte_tokenizer(bos=bos, chat=True)
     prompt = [TALK[0], {"role": "assistant", "content": "the code"}]
     shift = template_shift(model, tokenizer, prompt, 1)
     plain = read_chat(tokenizer, prompt, template=False)
+    assert (plain.role[0] == BOS) == bos
+    plain.role[0] = BOS  # the first token holds the sink, with or without a BOS token
     user = dense_user(model, plain)
     assert shift.plain.head == shift.templated.head == int(user.argmax())
     assert shift.plain.user == pytest.approx(float(user.max()), abs=1e-5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ...bench.results import rounded
 from ...lens.circuits import Circuit, build_pairs, find_circuit, names, overlaps
 from ...lens.effects import Head
-from ...lens.patching import compare
+from ...lens.patching import compare, patch_paths
 from ...lens.row_edit import reaction, sweep
 from .command import run_measures
 from .results import write_result
@@ -27,6 +28,11 @@ def circuits(prompts: int, seed: int) -> tuple[Any, dict[str, Circuit]]:
     }
 
 
+def luck(chance: float, prompts: int) -> float:
+    """The accuracy that guessing exceeds in about one of forty samples."""
+    return chance + 2 * math.sqrt(chance * (1 - chance) / prompts)
+
+
 def four_heads(circuit: Circuit) -> dict[str, list[Head]]:
     """By the paper's recipe: the strongest heads that set the movers' queries, and the mover with the most negative effect."""
     movers, queries = circuit.stages[0].effects, circuit.stages[1].heads
@@ -39,7 +45,7 @@ def measure_overlap(*, prompts: int = PROMPTS, seed: int = 0, out: Path | None =
     _, found = circuits(prompts, seed)
     curve = overlaps(found["ioi"], found["colored_objects"])
     at = next(row for row in curve if row.share == found["ioi"].share)
-    numbers = {
+    numbers: dict[str, Any] = {
         "ours": f"{len(at.shared)} heads shared of {at.sizes[0]} and {at.sizes[1]}, overlap {at.jaccard:.2f}; random sets {at.chance.mean:.3f}, "
         f"95th percentile {at.chance.q95:.3f}",
         "curve": [row.to_json() for row in curve], "accuracy": {task: c.accuracy for task, c in found.items()}, "prompts": prompts,
@@ -63,8 +69,6 @@ def measure_edit(*, prompts: int = PROMPTS, seed: int = 0, out: Path | None = No
     groups = four_heads(find_circuit(loaded.model, build_pairs("ioi", loaded.tokenizer, prompts, seed)))
     c = compare(loaded.model, build_pairs("colored_objects", loaded.tokenizer, 4 * prompts, seed))
     result = sweep(c, groups, controls=10, seed=seed)
-    from ...lens.patching import patch_paths
-
     movers = patch_paths(c)
     moved = reaction(c, [head for heads in groups.values() for head in heads], movers, share=0.05)
     base, all_four = result.rows["none"], result.rows["all"]

@@ -1,1 +1,0 @@
-"""Change a model's attention while it runs."""
