@@ -42,6 +42,18 @@ def test_symbolic_pairs_change_one_token_and_with_it_the_answer(task):
             )
 
 
+def test_lessons_ask_for_every_thing_once():
+    for task in circuit_reuse.TASKS:
+        ids, answer = circuit_reuse.lesson(task, 30, torch.Generator().manual_seed(1))
+        assert ids.shape == answer.shape == (30, circuit_reuse.LONGEST)
+        assert answer.sum(1).tolist() == [3 if task == "colored_objects" else 1] * 30
+    ids, answer = circuit_reuse.lesson("colored_objects", 30, torch.Generator().manual_seed(1))
+    for row, at in zip(ids, answer, strict=True):
+        colors = dict(zip(row[1:6:2].tolist(), row[0:6:2].tolist(), strict=True))
+        asked = [int(row[i - 2]) for i in at.nonzero()[:, 0]]
+        assert sorted(asked) == sorted(colors) and [colors[thing] for thing in asked] == row[at].tolist()
+
+
 def test_circuit_measure(monkeypatch, tmp_path):
     for name, value in {
         "TRAINING": 3,

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 DIM, DEPTH, HEADS = 128, 4, 8
 NAMES, COLORS, THINGS, MODULUS = 24, 12, 12, 20
-BATCH, TRAINING, LR = {"ioi": 24, "colored_objects": 48, "successor": 8}, 1500, 2e-3
+BATCH, TRAINING, LR = {"ioi": 24, "colored_objects": 48, "successor": 8}, 1000, 2e-3
+LONGEST = 18
 PROMPTS, SHARE, SEEDS, DRAWS = 128, 0.1, 5, 1000
 
 NAME, COLOR = 0, NAMES
@@ -81,16 +82,32 @@ def draw(task: str, batch: int, generator: torch.Generator) -> PromptPairs:
 
 
 def decoder(seed: int) -> PreTrainedModel:
-    """A Llama of four layers with eight heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A GPT-2 of four layers with eight heads; learned positions let heads find their neighbours in few steps."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=DIM, intermediate_size=2 * DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-            num_key_value_heads=HEADS, max_position_embeddings=32,
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=DIM, n_inner=2 * DIM, n_layer=DEPTH, n_head=HEADS, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
         )
     )  # fmt: skip
+
+
+def lesson(task: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Training rows ``(batch, LONGEST)`` and which of their tokens are answers; Colored Objects asks for all three things in turn."""
+    pairs = draw(task, batch, generator)
+    ids = torch.cat([pairs.clean, pairs.correct[:, None]], 1)
+    answer = torch.zeros_like(ids, dtype=torch.bool)
+    answer[:, -1] = True
+    if task == "colored_objects":
+        listed, first = ids[:, :6], (ids[:, 1:6:2] == ids[:, 7:8]).int().argmax(1, keepdim=True)
+        for step in (1, 2):
+            other = 2 * ((first + step) % 3)
+            ask = [_constant(batch, ASK), listed.gather(1, other + 1), _constant(batch, IS), listed.gather(1, other)]
+            ids = torch.cat([ids, *ask], 1)
+            answer = torch.cat([answer, torch.tensor([False, False, False, True]).expand(batch, -1)], 1)
+    return pad(ids, (0, LONGEST - ids.shape[1])), pad(answer, (0, LONGEST - ids.shape[1]))
 
 
 def trained(seed: int) -> PreTrainedModel:
@@ -98,14 +115,10 @@ def trained(seed: int) -> PreTrainedModel:
     model = decoder(seed)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        drawn = [draw(task, count, generator) for task, count in BATCH.items()]
-        width = max(pairs.clean.shape[1] for pairs in drawn)
-        ids = torch.cat(
-            [pad(pairs.clean, (0, width - pairs.clean.shape[1])) for pairs in drawn]
-        )  # nothing sees what lies behind it
-        end = torch.cat([pairs.place(END)[:, 0] for pairs in drawn])
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[torch.arange(len(ids)), end]
-        return cross_entropy(model.lm_head(hidden), torch.cat([pairs.correct for pairs in drawn]))
+        rows = [lesson(task, count, generator) for task, count in BATCH.items()]
+        ids, answer = (torch.cat([row[i] for row in rows]) for i in (0, 1))
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return cross_entropy(logits[answer[:, 1:]], ids[:, 1:][answer[:, 1:]])
 
     fit(model, loss, TRAINING, lr=LR, seed=seed)
     return model
