@@ -69,7 +69,7 @@ def test_circuit_measure(monkeypatch, tmp_path):
     for run in result["measured"]["per_seed"]:
         a, b = (set(run["circuits"][task]) for task in circuit_reuse.TASKS[:2])
         assert run["overlap"] == pytest.approx(len(a & b) / len(a | b))
-        assert run["met"] == (run["overlap"] > run["overlap_unrelated"] and run["overlap"] > run["random_q95"])
+        assert not run["learned"] and not run["met"], "three steps teach nothing, so nothing is claimed"
 
 
 def test_four_heads_are_strong_queries_and_a_negative_mover():
