@@ -186,7 +186,7 @@ class Sdpa(Implementation):
             if mask.shape[0] > 1:
                 mask = mask.repeat_interleave(work.groups, 0)
             mask = mask[None]
-        options = {
+        options: dict[str, Any] = {
             "attn_mask": mask,
             "is_causal": mask is None and plain is not None and plain.causal,
             "enable_gqa": work.groups > 1,

@@ -131,7 +131,9 @@ class FlashInfer(Package):
         device, kv_heads = work.q.device, work.k.shape[1]
         space = torch.empty(128 << 20, dtype=torch.uint8, device=device)
         wrapper = package.VariableBlockSparseAttentionWrapper(space)
-        rows, cols = (s.to(device, torch.int32).expand(kv_heads, -1).contiguous() for s in (mask.row_sizes, mask.col_sizes))
+        rows, cols = (
+            s.to(device, torch.int32).expand(kv_heads, -1).contiguous() for s in (mask.row_sizes, mask.col_sizes)
+        )
         kept = mask.kept.expand(kv_heads, -1, -1).to(device)
         wrapper.plan(
             block_mask_map=kept, block_row_sz=rows, block_col_sz=cols, num_qo_heads=work.q.shape[1], num_kv_heads=kv_heads,

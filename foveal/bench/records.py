@@ -44,7 +44,9 @@ def read(path: Path | str) -> tuple[dict[str, Any], list[Row]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"{path} cannot be read: {why}. Expected a {FILE} that foveal bench wrote, or its folder.") from None
+        raise DataError(
+            f"{path} cannot be read: {why}. Expected a {FILE} that foveal bench wrote, or its folder."
+        ) from None
     header, rows, _ = _parse(text, path)
     return header, rows
 
@@ -93,7 +95,7 @@ class Records:
         self.path = folder / FILE
         where = provenance()
         machine = {name: where["machine"].get(name) for name in ("cpu", "gpu", "threads")}
-        self.header = {
+        self.header: dict[str, Any] = {
             "foveal_bench": SCHEMA,
             "settings": {
                 **settings, "machine": machine, "torch": where["torch"], "foveal": where["foveal"], "commit": (where["git"] or {}).get("commit"),
@@ -111,7 +113,9 @@ class Records:
         differ = [name for name in now if json.loads(json.dumps(now[name])) != before.get(name)]
         if differ:
             told = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differ)
-            raise DataError(f"{self.path} was measured otherwise: {told}. Choose another --out; the file is left as it is.")
+            raise DataError(
+                f"{self.path} was measured otherwise: {told}. Choose another --out; the file is left as it is."
+            )
         self.header, self._begun = header, True
         if good != self.path.read_text(encoding="utf-8"):
             self._guarded(lambda: self.path.write_text(good, encoding="utf-8"))

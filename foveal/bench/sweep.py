@@ -7,8 +7,10 @@ output is compared with float64 before its time counts.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,24 +141,27 @@ def run_sweep(sweep: Sweep, folder: Path | str, report: Report = lambda *_: None
     chosen, absent = choose(sweep.impls, sweep.device)
     records = Records(Path(folder), sweep.settings())
     cases = list(sweep.cases())
-    for number, case in enumerate(cases):
-        todo = [one for one in chosen if not records.has(case.row(one.name))]
-        if todo:
-            records.put(measure_case(case, todo, sweep, lambda what, n=number: report(what, n, len(cases))))  # type: ignore[misc]
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through before every measurement of memory
+    try:
+        for number, case in enumerate(cases):
+            todo = [one for one in chosen if not records.has(case.row(one.name))]
+            if todo:
+                report(str(case), number, len(cases))
+                records.put(measure_case(case, todo, sweep))
+    finally:
+        gc.unfreeze()
     report("done", len(cases), len(cases))
     return records, absent
 
 
-def measure_case(
-    case: Case, implementations: list[Implementation], sweep: Sweep, say: Callable[[str], None] = lambda _: None
-) -> list[Row]:
+def measure_case(case: Case, implementations: list[Implementation], sweep: Sweep) -> list[Row]:
     """The lines of one case: each implementation is asked, checked against float64, and timed in turns with the others that are right."""
     device = torch.device(sweep.device)
     try:
         mask = case.spec.draw(case.length, case.heads.kv_heads, sweep.seed, case.draw)
     except ConfigError as error:
         return [{**case.row(one.name), "status": UNSUPPORTED, "why": str(error)} for one in implementations]
-    say(f"{case}: reference")
     work = Work.make(mask, case.heads, DTYPES[case.dtype], case.direction, device, sweep.seed)
     right = truth(work, sweep.seed)
     facts = {
@@ -169,14 +174,12 @@ def measure_case(
     lines: dict[str, Row] = {}
     jobs: dict[str, Callable[[], Any]] = {}
     for one in implementations:
-        say(f"{case}: {one.name}")
         lines[one.name] = {**case.row(one.name), **facts}
         found, job = _tried(one, work, right)
         lines[one.name].update(found)
         if job is not None:
             jobs[one.name] = job
     if jobs:
-        say(f"{case}: {len(jobs)} in turns")
         turn = sum(lines[name]["first_s"] for name in jobs)
         repeats = min(sweep.repeats, max(FEWEST, int(sweep.seconds / max(turn, 1e-9))))
         for name, seconds in interleaved(jobs, repeats, warmup=sweep.warmup, device=device).items():
@@ -200,8 +203,6 @@ def _tried(one: Implementation, work: Work, right: Truth) -> tuple[Row, Callable
 
 
 def _checked(one: Implementation, work: Work, right: Truth) -> tuple[Row, Callable[[], Any] | None]:
-    import time
-
     began = time.perf_counter()
     prepared = one.prepare(work)
     row: Row = {"metadata_mb": prepared.metadata / 2**20, "prepare_s": time.perf_counter() - began}

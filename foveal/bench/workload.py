@@ -49,7 +49,13 @@ class Work:
 
     @classmethod
     def make(
-        cls, mask: Mask, heads: Heads, dtype: torch.dtype, direction: str, device: torch.device | str = "cpu", seed: int = 0
+        cls,
+        mask: Mask,
+        heads: Heads,
+        dtype: torch.dtype,
+        direction: str,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
     ) -> Work:
         """Normal random tensors; the same on every device. They require gradients when the direction is backward."""
         make = torch.Generator().manual_seed(seed)
