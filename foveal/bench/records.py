@@ -104,6 +104,7 @@ class Records:
         }  # fmt: skip
         self.rows: list[Row] = []
         self._begun = False
+        self._known: set[tuple[Any, ...]] = set()
         if self.path.exists():
             self._resume()
 
@@ -117,13 +118,13 @@ class Records:
                 f"{self.path} was measured otherwise: {told}. Choose another --out; the file is left as it is."
             )
         self.header, self._begun = header, True
+        self._known.update(map(key, self.rows))
         if good != self.path.read_text(encoding="utf-8"):
             self._guarded(lambda: self.path.write_text(good, encoding="utf-8"))
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether there is a line for this case and implementation."""
-        wanted = key(row)
-        return any(key(one) == wanted for one in self.rows)
+        return key(row) in self._known
 
     def put(self, rows: list[Row]) -> None:
         """Write lines; raises :class:`DataError` when the disk does not take them (what was there stays)."""
@@ -138,6 +139,7 @@ class Records:
         self._guarded(write)
         self._begun = True
         self.rows += rows
+        self._known.update(map(key, rows))
 
     def _guarded(self, write: Any) -> None:
         try:

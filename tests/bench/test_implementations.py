@@ -109,7 +109,9 @@ class Fakes:
     ) -> Tensor:  # fmt: skip
         assert q.dim() == 3 and cu_q.dtype == torch.int32 and int(cu_q.diff().max()) == max_q
         parts = [
-            self.flash_attn_func(*(t[a:b][None].contiguous() for t in (q, k, v)), causal=causal, window_size=window_size)[0]
+            self.flash_attn_func(
+                *(t[a:b][None].contiguous() for t in (q, k, v)), causal=causal, window_size=window_size
+            )[0]
             for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False)
         ]
         return torch.cat(parts)
@@ -134,9 +136,15 @@ class Fakes:
         held: dict[str, Any] = {}
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            assert held["num_qo_heads"] == q.shape[0] and held["num_kv_heads"] == k.shape[0] and q.shape[2] == held["head_dim"]
+            assert (
+                held["num_qo_heads"] == q.shape[0]
+                and held["num_kv_heads"] == k.shape[0]
+                and q.shape[2] == held["head_dim"]
+            )
             seen = []
-            for kept, rows, cols in zip(held["block_mask_map"], held["block_row_sz"], held["block_col_sz"], strict=True):
+            for kept, rows, cols in zip(
+                held["block_mask_map"], held["block_row_sz"], held["block_col_sz"], strict=True
+            ):
                 assert rows.dtype == torch.int32
                 seen.append(kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1))
             each = torch.stack(seen).repeat_interleave(q.shape[0] // k.shape[0], 0)
@@ -145,7 +153,9 @@ class Fakes:
         return SimpleNamespace(plan=lambda **options: held.update(options), run=run)
 
 
-@pytest.mark.parametrize(("one", "package"), [(FlashAttn(), "flash_attn"), (Natten(), "natten"), (FlashInfer(), "flashinfer")])
+@pytest.mark.parametrize(
+    ("one", "package"), [(FlashAttn(), "flash_attn"), (Natten(), "natten"), (FlashInfer(), "flashinfer")]
+)
 @pytest.mark.parametrize("spec", MASKS, ids=str)
 def test_packages_get_the_mask_that_they_accept(
     one: Any, package: str, spec: Any, monkeypatch: pytest.MonkeyPatch

@@ -215,7 +215,20 @@ def test_a_draw_is_reproducible_and_draws_differ() -> None:
 def test_there_are_twelve_static_and_two_sparse_families() -> None:
     assert list(families())[:2] == ["full", "causal"] and len(STATIC) == 12 and len(SPARSE) == 2
     assert parse_masks("all") == STATIC + SPARSE
-    assert [families()[s.name].letters for s in STATIC] == "F C FSW CSW FD CD SQ CB PLC PLD GS BCD".split()
+    assert [families()[s.name].letters for s in STATIC] == [
+        "F",
+        "C",
+        "FSW",
+        "CSW",
+        "FD",
+        "CD",
+        "SQ",
+        "CB",
+        "PLC",
+        "PLD",
+        "GS",
+        "BCD",
+    ]
 
 
 def test_names_options_and_letters() -> None:

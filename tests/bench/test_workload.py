@@ -31,7 +31,9 @@ def test_10_operations_of_the_published_formula() -> None:
     assert flops(10, 8, FORWARD) + flops(10, 8, BACKWARD) == 3.5 * flops(10, 8, FORWARD)
 
 
-@pytest.mark.parametrize("mask", ["causal", "share_question", "global_sliding:window=9", "uniform_block_sparse:block=32"])
+@pytest.mark.parametrize(
+    "mask", ["causal", "share_question", "global_sliding:window=9", "uniform_block_sparse:block=32"]
+)
 @pytest.mark.parametrize("length", [40, 200])
 def test_truth_on_some_rows_is_the_whole_on_these_rows(mask: str, length: int) -> None:
     own = work(mask, length)
