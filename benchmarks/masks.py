@@ -1,6 +1,6 @@
 """The fourteen masks of LongCA-bench on this machine: foveal's kernels beside torch's SDPA, forward and backward.
 
-Usage: python benchmarks/masks.py [--scale 1.0] [--repeats 5] [--seconds 4] [--keep FOLDER] [--out benchmarks/results/masks.json]
+Usage: python benchmarks/masks.py [--scale 1.0] [--repeats 5] [--seconds 3] [--keep FOLDER] [--out benchmarks/results/masks.json]
 
 4 query and 2 key heads of 64 in float32; forward at 4,096 and 8,192 tokens, backward at 4,096; rates count the visible pairs only.
 The same as ``foveal bench --masks all --lengths 4k,8k --heads 4 --kv-heads 2`` and ``… --lengths 4k --backward``, in one file. With
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor of every length, for trying the script out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="a case takes fewer turns, three at least, rather than longer"
+        "--seconds", type=float, default=3.0, help="a case takes fewer turns, three at least, rather than longer"
     )
     parser.add_argument("--keep", type=Path, default=None, help="folder for the lines measured so far")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "masks.json")
