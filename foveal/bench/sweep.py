@@ -182,7 +182,13 @@ def measure_case(case: Case, implementations: list[Implementation], sweep: Sweep
     if jobs:
         turn = sum(lines[name]["first_s"] for name in jobs)
         repeats = min(sweep.repeats, max(FEWEST, int(sweep.seconds / max(turn, 1e-9))))
-        for name, seconds in interleaved(jobs, repeats, warmup=sweep.warmup, device=device).items():
+        try:
+            timed = interleaved(jobs, repeats, warmup=sweep.warmup, device=device)
+        except Exception as error:  # together they may need more memory than each by itself
+            for name in jobs:
+                lines[name].update(_failure(error))
+            timed = {}
+        for name, seconds in timed.items():
             lines[name]["seconds"] = Spread.of(seconds).json()
             lines[name]["tflops"] = work.flops / statistics.median(seconds) / 1e12
             lines[name]["beside"] = sorted(jobs)
@@ -197,9 +203,17 @@ def _tried(one: Implementation, work: Work, right: Truth) -> tuple[Row, Callable
     try:
         return _checked(one, work, right)
     except Exception as error:
-        kind, text = type(error).__name__, " ".join(str(error).split())[:300]
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text
-        return {"status": OOM if memory else UNSUPPORTED, "why": text if memory else f"{kind}: {text}"}, None
+        return _failure(error), None
+
+
+def _failure(error: Exception) -> Row:
+    """What a line says of an implementation that broke off: out of memory, or not able to run this."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return {"status": OOM, "why": text or "out of memory"}
+    return {"status": UNSUPPORTED, "why": f"{type(error).__name__}: {text}"}
 
 
 def _checked(one: Implementation, work: Work, right: Truth) -> tuple[Row, Callable[[], Any] | None]:

@@ -132,6 +132,22 @@ def test_wrong_results_get_no_rate(tmp_path: Path, fakes: dict[str, Implementati
     assert [row["beside"] for row in rows if row["impl"] == "sdpa"] == [["gradient", "sdpa"], ["sdpa"]]
 
 
+def test_too_little_memory_for_all_together_ends_the_case_and_not_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, calls = sweep.interleaved, []
+
+    def first_fails(*words: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return usual(*words, **options)
+
+    monkeypatch.setattr(sweep, "interleaved", first_fails)
+    rows = run_sweep(small(), tmp_path)[0].rows
+    assert [row["status"] for row in rows] == ["oom", "oom", "ok", "ok"] and rows[0]["why"] == "out of memory"
+
+
 def test_a_length_that_a_mask_does_not_have_is_a_reason(tmp_path: Path) -> None:
     rows = run_sweep(small(masks=tuple(parse_masks("block_causal_document,full"))), tmp_path)[0].rows
     assert [row["status"] for row in rows] == ["unsupported", "unsupported", "ok", "ok"]
