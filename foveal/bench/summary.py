@@ -143,13 +143,16 @@ def implementations_of(found: Iterable[Group]) -> list[str]:
 
 
 def refusals(found: Iterable[Group]) -> list[tuple[str, str, list[str]]]:
-    """``(implementation, reason, masks)`` of everything that did not run; the reason of a wrong result is told with it."""
+    """``(implementation, reason, masks)`` of everything without a rate; masks with their direction where both were measured."""
+    found = list(found)
+    several = len({group.setting[-1] for group in found}) > 1
     reasons: dict[tuple[str, str], dict[str, None]] = {}
     for group in found:
+        where = f"{group.mask} {group.setting[-1]}" if several else group.mask
         for entry in group.entries.values():
             if entry.status != "ok":
                 told = entry.why if entry.status == "unsupported" else f"{entry.status}: {entry.why}"
-                reasons.setdefault((entry.impl, told), {})[group.mask] = None
+                reasons.setdefault((entry.impl, told), {})[where] = None
     return [(impl, why, list(masks)) for (impl, why), masks in reasons.items()]
 
 

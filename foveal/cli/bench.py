@@ -85,7 +85,7 @@ def bench(
     for name, why in absent.items():
         note(f"{name}: {why}")
     for name, why, where in summary.refusals(groups):
-        note(f"{name} left out {len(where)} {'mask' if len(where) == 1 else 'masks'} ({', '.join(where)}): {why}")
+        note(f"{name} has no rate for {', '.join(where)}: {why}")
     write_report(records.header, records.rows, folder / "report.html")
     for file in (records.path, folder / "report.html"):
         typer.echo(file)

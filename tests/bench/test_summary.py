@@ -39,7 +39,7 @@ def test_draws_are_medians_and_one_failure_is_a_failure() -> None:
 def test_refusals_are_told_once() -> None:
     told = {(name, why.partition(":")[0]): masks for name, why, masks in refusals(groups(lines()))}
     assert len(told) == 3 and len(told["flex", "has no backward on CPU; use impl='gather'"]) == 4
-    assert told["sdpa", "wrong"] == told["gather", "oom"] == ["uniform_block_sparse:keep=0.2"]
+    assert told["sdpa", "wrong"] == told["gather", "oom"] == ["uniform_block_sparse:keep=0.2 backward"]
 
 
 def test_small_rates_are_shown_in_gflops() -> None:
