@@ -59,7 +59,7 @@ class Plain:
 
 
 class Mask:
-    """One mask of one length. Subclasses are the families; ``table`` holds them by name."""
+    """One mask of one length. Subclasses are the families; see :func:`families`."""
 
     name: ClassVar[str]
     letters: ClassVar[str]
@@ -110,16 +110,15 @@ class Mask:
         return self.area() * (num_heads // self.heads)
 
 
-table: dict[str, type[Mask]] = {}
-"""Families by name, in the paper's order; filled by :func:`family`."""
+_table: dict[int, type[Mask]] = {}
 
 
-def family(name: str, letters: str) -> Any:
-    """Class decorator: put a family into ``table``."""
+def family(number: int, name: str, letters: str) -> Any:
+    """Class decorator: a family by its number in the paper's table, its name here, and its letters there."""
 
     def add(cls: type[Mask]) -> type[Mask]:
         cls.name, cls.letters = name, letters
-        table[name] = cls
+        _table[number] = cls
         return cls
 
     return add
@@ -155,9 +154,10 @@ class MaskSpec:
 
 
 def families() -> dict[str, type[Mask]]:
-    """All families by name."""
-    importlib.import_module(".masks_blocks", __package__)  # which imports the static ones: together they fill the table
-    return table
+    """All families by name, in the paper's order."""
+    for module in ("static", "documents", "blocks"):
+        importlib.import_module(f".masks_{module}", __package__)
+    return {cls.name: cls for _, cls in sorted(_table.items())}
 
 
 def parse_mask(text: str, defaults: dict[str, Any] | None = None) -> MaskSpec:

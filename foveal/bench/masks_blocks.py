@@ -76,7 +76,7 @@ class Blocks(Mask):
         return {"kept": round(self.area() / (self.heads * self.length**2), 4), "query_blocks": self.row_sizes.numel()}
 
 
-@family("uniform_block_sparse", "UBS")
+@family(13, "uniform_block_sparse", "UBS")
 @dataclass(frozen=True, eq=False)
 class UniformBlocks(Blocks):
     """Blocks of one size; the last one is shorter where T is no multiple."""
@@ -99,7 +99,7 @@ class UniformBlocks(Blocks):
         )
 
 
-@family("variable_block_sparse", "VBS")
+@family(14, "variable_block_sparse", "VBS")
 @dataclass(frozen=True, eq=False)
 class VariableBlocks(Blocks):
     """Blocks of random sizes, at least 128 tokens and ``mean_block`` on average, other ones for queries than for keys."""

@@ -1,7 +1,7 @@
-"""The twelve static families: every row sees one interval of keys, two of them also the first keys of the sequence.
+"""Static families over one sequence: every row sees one interval of keys, under two of them also the first keys of the sequence.
 
-Each class has the sheet's predicate as ``allow``, the same as intervals (``rows``, O(N)) and the closed form of its area; tests compare
-the three. ``docs`` are document lengths; T is the length.
+Each class has the paper's predicate as ``allow``, the same as intervals (``rows``, O(N)) and the closed form of its area; tests compare
+the three. T is the length. The families over packed documents are in ``masks_documents``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.base_mask import BaseMask
-from ..core.errors import ConfigError
 from ..core.layouts import BlockMask, block_mask
-from .documents import sample_documents, starts
 from .masks import Draw, Mask, Plain, family
 from .slices import Slice, from_intervals
 
@@ -104,7 +102,7 @@ def triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-@family("full", "F")
+@family(1, "full", "F")
 @dataclass(frozen=True)
 class Full(Static):
     @classmethod
@@ -124,7 +122,7 @@ class Full(Static):
         return Plain(causal=False)
 
 
-@family("causal", "C")
+@family(2, "causal", "C")
 @dataclass(frozen=True)
 class Causal(Static):
     @classmethod
@@ -154,7 +152,7 @@ class Windowed(Static):
         return {"window": self.window}
 
 
-@family("full_sliding", "FSW")
+@family(3, "full_sliding", "FSW")
 @dataclass(frozen=True)
 class FullSliding(Windowed):
     @classmethod
@@ -174,7 +172,7 @@ class FullSliding(Windowed):
         return Plain(causal=False, window=(self.window, self.window))
 
 
-@family("causal_sliding", "CSW")
+@family(4, "causal_sliding", "CSW")
 @dataclass(frozen=True)
 class CausalSliding(Windowed):
     @classmethod
@@ -195,125 +193,7 @@ class CausalSliding(Windowed):
         return Plain(causal=True, window=(self.window, 0))
 
 
-@dataclass(frozen=True)
-class Packed(Static):
-    """A family over packed documents, whose lengths sum to T."""
-
-    random = True
-    docs: tuple[int, ...]
-
-    @cached_property
-    def doc(self) -> Tensor:
-        """``(T,)`` document number of every token."""
-        return torch.repeat_interleave(torch.arange(len(self.docs)), torch.tensor(self.docs))
-
-    @cached_property
-    def start(self) -> Tensor:
-        """``(T,)`` where every token's document begins."""
-        return starts(self.docs)[self.doc]
-
-    @cached_property
-    def end(self) -> Tensor:
-        """``(T,)`` where every token's document ends."""
-        return starts(self.docs)[self.doc + 1]
-
-    def same(self, i: Tensor, j: Tensor) -> Tensor:
-        return self.doc[i] == self.doc[j]
-
-    def causal_area(self) -> int:
-        return sum(map(triangle, self.docs))
-
-    def facts(self) -> dict[str, Any]:
-        return {"documents": len(self.docs), "longest_document": max(self.docs)}
-
-
-def _documents(draw: Draw, documents: str) -> tuple[int, ...]:
-    return sample_documents(documents, draw.length, draw.make)
-
-
-@family("full_document", "FD")
-@dataclass(frozen=True)
-class FullDocument(Packed):
-    @classmethod
-    def draw(cls, draw: Draw, *, documents: str = "auto") -> FullDocument:
-        return cls(draw.length, _documents(draw, documents))
-
-    def allow(self, i: Tensor, j: Tensor) -> Tensor:
-        return self.same(i, j)
-
-    def interval(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        return self.start, self.end
-
-    def area(self) -> int:
-        return sum(n * n for n in self.docs)
-
-    def plain(self) -> Plain:
-        return Plain(causal=False, documents=self.docs)
-
-
-@family("causal_document", "CD")
-@dataclass(frozen=True)
-class CausalDocument(Packed):
-    @classmethod
-    def draw(cls, draw: Draw, *, documents: str = "auto") -> CausalDocument:
-        return cls(draw.length, _documents(draw, documents))
-
-    def allow(self, i: Tensor, j: Tensor) -> Tensor:
-        return self.same(i, j) & (j <= i)
-
-    def interval(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        return self.start, i + 1
-
-    def area(self) -> int:
-        return self.causal_area()
-
-    def plain(self) -> Plain:
-        return Plain(causal=True, documents=self.docs)
-
-
-@family("share_question", "SQ")
-@dataclass(frozen=True)
-class ShareQuestion(Packed):
-    """The first document is a question that every other document (an answer) also sees."""
-
-    @classmethod
-    def draw(cls, draw: Draw, *, documents: str = "auto") -> ShareQuestion:
-        return cls(draw.length, _documents(draw, documents))
-
-    def allow(self, i: Tensor, j: Tensor) -> Tensor:
-        return (self.same(i, j) & (j <= i)) | ((self.doc[j] == 0) & (self.doc[i] > 0))
-
-    def interval(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        return self.start, i + 1
-
-    def head(self, i: Tensor) -> Tensor:
-        return torch.where(self.doc > 0, self.docs[0], 0)
-
-    def area(self) -> int:
-        return self.causal_area() + self.docs[0] * (self.length - self.docs[0])
-
-
-@family("causal_blockwise", "CB")
-@dataclass(frozen=True)
-class CausalBlockwise(Packed):
-    """The last document (a test example) sees every document before it."""
-
-    @classmethod
-    def draw(cls, draw: Draw, *, documents: str = "auto") -> CausalBlockwise:
-        return cls(draw.length, _documents(draw, documents))
-
-    def allow(self, i: Tensor, j: Tensor) -> Tensor:
-        last = len(self.docs) - 1
-        return (self.same(i, j) & (j <= i)) | ((self.doc[i] == last) & (self.doc[j] < last))
-
-    def interval(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.where(self.doc == len(self.docs) - 1, 0, self.start), i + 1
-
-    def area(self) -> int:
-        return self.causal_area() + self.docs[-1] * (self.length - self.docs[-1])
-
-
-@family("prefix_lm_causal", "PLC")
+@family(9, "prefix_lm_causal", "PLC")
 @dataclass(frozen=True)
 class PrefixCausal(Static):
     """Causal, and every row sees the first ``prefix`` keys."""
@@ -339,33 +219,7 @@ class PrefixCausal(Static):
         return {"prefix": self.prefix}
 
 
-@family("prefix_lm_document", "PLD")
-@dataclass(frozen=True)
-class PrefixDocument(Packed):
-    """The same inside every document, with one prefix for all."""
-
-    prefix: int
-
-    @classmethod
-    def draw(cls, draw: Draw, *, documents: str = "auto", prefix: int = 0) -> PrefixDocument:
-        """``prefix`` 0: uniform from 1 to the length of the first document."""
-        docs = _documents(draw, documents)
-        return cls(draw.length, docs, prefix or draw.number(1, docs[0]))
-
-    def allow(self, i: Tensor, j: Tensor) -> Tensor:
-        return self.same(i, j) & ((j <= i) | (j - self.start[j] < self.prefix))
-
-    def interval(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        return self.start, torch.maximum(i + 1, torch.minimum(self.start + self.prefix, self.end))
-
-    def area(self) -> int:
-        return self.causal_area() + sum(m * (m - 1) // 2 for m in (min(self.prefix, n) for n in self.docs))
-
-    def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "prefix": self.prefix}
-
-
-@family("global_sliding", "GS")
+@family(11, "global_sliding", "GS")
 @dataclass(frozen=True)
 class GlobalSliding(Windowed):
     """A window to both sides; the first ``window`` tokens see everything and everything sees them.
@@ -393,37 +247,3 @@ class GlobalSliding(Windowed):
     def area(self) -> int:
         rest = max(self.length - self.window, 0)
         return self.length**2 - rest**2 + full_sliding_area(rest, self.window)
-
-
-@family("block_causal_document", "BCD")
-@dataclass(frozen=True)
-class BlockCausalDocument(Packed):
-    """Causal between blocks of ``block`` tokens, all inside one document; documents are whole blocks."""
-
-    block: int
-
-    @classmethod
-    def draw(cls, draw: Draw, *, block: int = 1024) -> BlockCausalDocument:
-        """Documents of 1 to 8 blocks; raises :class:`ConfigError` where T is no multiple of ``block``."""
-        if draw.length % block:
-            raise ConfigError(
-                f"mask block_causal_document has blocks of {block} tokens and the length is {draw.length}; expected a multiple. "
-                "Use another length or block_causal_document:block=…."
-            )
-        left, docs = draw.length // block, []
-        while left:
-            docs.append(min(draw.number(1, 8), left))
-            left -= docs[-1]
-        return cls(draw.length, tuple(n * block for n in docs), block)
-
-    def allow(self, i: Tensor, j: Tensor) -> Tensor:
-        return self.same(i, j) & (j < (torch.div(i, self.block, rounding_mode="floor") + 1) * self.block)
-
-    def interval(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        return self.start, (torch.div(i, self.block, rounding_mode="floor") + 1) * self.block
-
-    def area(self) -> int:
-        return sum(self.block**2 * triangle(n // self.block) for n in self.docs)
-
-    def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "block": self.block}

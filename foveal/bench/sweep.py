@@ -26,7 +26,7 @@ from .memory import PeakMemory
 from .records import Records, Row
 from .results import load_average, rounded
 from .timing import Spread, interleaved
-from .workload import BACKWARD, FORWARD, TOLERANCE, Heads, Truth, Work, truth
+from .workload import BACKWARD, FORWARD, Heads, Truth, Work, tolerance, truth
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OK, WRONG, UNSUPPORTED, OOM = "ok", "wrong", "unsupported", "oom"
@@ -233,7 +233,7 @@ def _checked(one: Implementation, work: Work, right: Truth) -> tuple[Row, Callab
             row["grad_error"] = right.grad_error(torch.autograd.grad(out, (own.q, own.k, own.v), right.upstream))
             worst = max(worst, row["grad_error"])
         del out
-        limit = TOLERANCE[work.q.dtype]
+        limit = tolerance(work.q)
         if not worst <= limit:
             why = f"differs from float64 by {worst:.2g} of the largest value; at most {limit:g} counts as right"
             finite = {k: v if math.isfinite(v) else None for k, v in row.items() if k.endswith("error")}

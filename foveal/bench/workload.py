@@ -16,7 +16,13 @@ FLOPS_PER_PAIR = {FORWARD: 4.0, BACKWARD: 10.0}
 
 SAMPLED_ROWS = 64
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+TF32 = 2e-3
 """Largest error of a result that counts as right: outputs in units of their largest value, and gradients likewise."""
+
+
+def tolerance(tensor: Tensor) -> float:
+    """For this dtype and device; float32 products may run in TF32 on CUDA."""
+    return TF32 if tensor.dtype == torch.float32 and tensor.device.type == "cuda" else TOLERANCE[tensor.dtype]
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def bench(
         return
     from ..bench.report import write_report
     from ..bench.sweep import run_sweep
+    from ..core.errors import UnsupportedError
 
     sweep = _sweep(
         masks, lengths, heads, kv_heads, head_dim, dtype, impl, backward, device, draws, seed, repeats, seconds, quick
@@ -86,9 +87,12 @@ def bench(
         note(f"{name}: {why}")
     for name, why, where in summary.refusals(groups):
         note(f"{name} has no rate for {', '.join(where)}: {why}")
-    write_report(records.header, records.rows, folder / "report.html")
-    for file in (records.path, folder / "report.html"):
-        typer.echo(file)
+    typer.echo(records.path)
+    try:
+        write_report(records.header, records.rows, folder / "report.html")
+        typer.echo(folder / "report.html")
+    except UnsupportedError as error:
+        note(str(error))
     wrong = [row for row in records.rows if row["status"] == "wrong"]
     if wrong:
         warn(f"{len(wrong)} results are wrong: {', '.join(dict.fromkeys(row['impl'] for row in wrong))}.")

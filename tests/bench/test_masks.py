@@ -16,21 +16,15 @@ from torch import Tensor
 
 from foveal.bench.masks import Mask, MaskSpec, families, parse_mask, parse_masks
 from foveal.bench.masks_blocks import Blocks, UniformBlocks, VariableBlocks
-from foveal.bench.masks_static import (
+from foveal.bench.masks_documents import (
     BlockCausalDocument,
-    Causal,
     CausalBlockwise,
     CausalDocument,
-    CausalSliding,
-    Full,
     FullDocument,
-    FullSliding,
-    GlobalSliding,
-    PrefixCausal,
     PrefixDocument,
     ShareQuestion,
-    Static,
 )
+from foveal.bench.masks_static import Causal, CausalSliding, Full, FullSliding, GlobalSliding, PrefixCausal, Static
 from foveal.core.errors import ConfigError
 from foveal.core.layouts import narrow
 from foveal.kernels.call import AttentionCall

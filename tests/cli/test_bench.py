@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,13 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sweep, "measure_case", once)
     assert "interrupted; what was computed is kept." in run(*SMALL, "--out", str(tmp_path), code=130)
     assert len(read(tmp_path)[1]) == 2
+
+
+def test_without_the_report_packages_the_figures_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    shown = run(*SMALL, "--out", str(tmp_path))
+    assert "reports need jinja2: pip install 'foveal[report]'." in shown and "lead" in shown
+    assert len(read(tmp_path)[1]) == 16 and not (tmp_path / "report.html").exists()
 
 
 def test_comparing_two_files(tmp_path: Path) -> None:

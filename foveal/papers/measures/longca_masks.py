@@ -1,6 +1,6 @@
 """LongCA-bench's claims about masks: who profits from a sparser one, what a dense one costs in memory, and the size of blocks.
 
-The claims about kernels on one GPU use the sweep of ``foveal bench``; those on CPU measure what the sheet's criteria name.
+The claims about kernels on one GPU use the sweep of ``foveal bench``; those on CPU measure what the criteria of the card name.
 """
 
 from __future__ import annotations
