@@ -171,6 +171,39 @@ def listed_block() -> str:
     return "\n".join(lines)
 
 
+def masks_block() -> str:
+    """The masks of LongCA-bench by foveal's kernels beside SDPA."""
+    found = load("masks")
+    at = {(row["mask"], row["length"], row["direction"]): row for row in found["cases"]}
+    short, long = sorted({row["length"] for row in found["cases"]})
+    lines = [
+        f"| mask, {long:,} tokens | density | native, GFLOP/s | native × SDPA | gather × SDPA | {short:,} tokens: native × SDPA | the same, backward |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def figure(row: dict[str, Any], impl: str, what: str, form: str) -> str:
+        value = row["implementations"].get(impl, {}).get(what)
+        return "–" if value is None else format(value, form)
+
+    for mask in dict.fromkeys(row["mask"] for row in found["cases"]):
+        row = at[mask, long, "forward"]
+        cells = [figure(row, "native", "gflops", ".0f")]
+        cells += [figure(row, impl, "times_faster_than_sdpa", ".2f") for impl in ("native", "gather")]
+        cells += [
+            figure(at[mask, short, d], "native", "times_faster_than_sdpa", ".2f") for d in ("forward", "backward")
+        ]
+        density = "–" if row["density"] is None else f"{row['density']:.3f}"
+        lines.append(f"| `{mask}` | {density} | {' | '.join(cells)} |")
+    where = found["provenance"]
+    lines += [
+        "",
+        f"{found['heads']} query and {found['kv_heads']} key heads of {found['head_dim']}, {found['dtype']}, {found['threads']} threads, one draw of each "
+        f"mask; SDPA gets a dense mask except for `full` and `causal`. {_machine(where['machine'])}, torch {where['torch']}, {where['date'][:10]}. "
+        "Source: `benchmarks/results/masks.json`.",
+    ]
+    return "\n".join(lines)
+
+
 def load(name: str) -> dict[str, Any]:
     """One committed result file."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -180,7 +213,9 @@ def load(name: str) -> dict[str, Any]:
 def blocks() -> dict[str, dict[str, str]]:
     """Every measured block, by page and name."""
     native = native_block()
+    measured = {"docs/bench.md": {"masks": masks_block()}} if (RESULTS / "masks.json").is_file() else {}
     return {
+        **measured,
         "README.md": {"tune": tune_block("tune_smollm2_4096", True), "speed": speed_block(), "native": native},
         "docs/native.md": {
             "native": native,

@@ -179,6 +179,20 @@ def test_machine_peaks(tmp_path: Path) -> None:
     )
 
 
+def test_masks_and_their_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "masks.json"
+    data = script("masks.py", out, "--scale", "0.0625", "--repeats", "1", "--keep", str(tmp_path / "kept"))
+    assert len(data["cases"]) == 14 * 3 and {row["length"] for row in data["cases"]} == {256, 512}
+    for row in data["cases"]:
+        sdpa = row["implementations"]["sdpa"]
+        assert sdpa["error"] < 1e-5 and sdpa["times_faster_than_sdpa"] == 1.0
+        assert row["implementations"]["gather"]["gflops"] > 0 and 0 < row["density"] <= 1
+    page = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    monkeypatch.setitem(page["masks_block"].__globals__, "load", lambda name: data)
+    text = page["masks_block"]()
+    assert text.count("\n| `") == 14 and "`causal_sliding:window=64`" in text and "one draw of each mask" in text
+
+
 def test_patterns_diffusion(tmp_path: Path) -> None:
     cases = ("disc_r8", "pooled_r8", "rettention_sparse", "sparsed_30")
     small = ("--side", "16", "--repeats", "1", "--no-flex")

@@ -69,12 +69,12 @@ addEventListener("load", () => {
 """Runs in the page that holds the report in frames of several widths."""
 
 
-def look(page: str, folder: Path, dark: bool) -> list[dict[str, Any]]:
+def look(page: str, folder: Path, dark: bool, measure: str = MEASURE) -> list[dict[str, Any]]:
     """What the browser says of the page, once for each width."""
     inner = html.escape(page.replace("<head>", "<head>" + WATCH, 1))
     frames = "".join(f'<iframe width="{w}" height="900" style="border:0" srcdoc="{inner}"></iframe>' for w in WIDTHS)
     holder = folder / "holder.html"
-    holder.write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>{MEASURE}{frames}', encoding="utf-8")
+    holder.write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>{measure}{frames}', encoding="utf-8")
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
     command = [str(CHROMIUM), *SWITCHES, *theme, f"--user-data-dir={folder / 'profile'}", "--dump-dom", holder.as_uri()]
     ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
