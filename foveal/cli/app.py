@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import eval as evaluate
 from . import info, inspect, papers, patterns, reproduce, run, simulate, tune
 from .guard import DEBUG, GuardedGroup
 
@@ -44,7 +45,7 @@ def root(
         os.environ[DEBUG] = "1"
 
 
-for verb in (tune, run, inspect, papers, reproduce, patterns, simulate, info):
+for verb in (tune, run, evaluate, inspect, papers, reproduce, patterns, simulate, info):
     verb.add_to(app)
 
 
