@@ -180,9 +180,7 @@ def retrieve(model: PreTrainedModel, needles: Needles, cache: Any = None) -> tup
     return score(needles, decode)
 
 
-def frame(
-    tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]], chat: bool
-) -> tuple[Tensor, list[str]]:
+def frame(tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]], chat: bool) -> tuple[Tensor, list[str]]:
     """What stands before a context (ids), and for each ``(question, begun)`` the text after it, up to where the answer begins.
 
     Without ``chat`` that is a new paragraph with ``begun``; in the chat template it is the question and the begun reply.

@@ -8,12 +8,14 @@ scored token by token, as they would be decoded.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from ..core.registry import entries, lookup
 from ..data.text import need
 
@@ -38,11 +40,6 @@ class Material:
     trials: int
     seed: int
     chat: bool
-
-    def lengths(self, count: int = 4, least: int = 256) -> list[int]:
-        """The context and halves of it, ascending, none below ``least`` unless the context itself is."""
-        halved = [self.context >> i for i in range(count)]
-        return sorted(n for n in halved if n >= least) or [self.context]
 
     def generator(self, *names: object) -> torch.Generator:
         """Random numbers that depend on the seed and the names alone."""
@@ -119,6 +116,24 @@ class Task:
             DataError: the text is too short. ConfigError: the context is.
         """
         raise NotImplementedError
+
+
+def at_lengths(
+    material: Material, make: Callable[[Material, int, int], Quiz], halvings: int = 3
+) -> list[Passage | Quiz]:
+    """``make(material, length, trial)`` at the context and at halves of it that have room, shortest first.
+
+    Raises:
+        ConfigError: the context itself has no room.
+    """
+    found: list[Passage | Quiz] = []
+    for halving in range(halvings, -1, -1):
+        try:
+            found += [make(material, material.context >> halving, trial) for trial in range(material.trials)]
+        except ConfigError:
+            if not halving:
+                raise
+    return found
 
 
 def tasks() -> dict[str, type[Task]]:

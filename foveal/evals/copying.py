@@ -15,7 +15,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..data.needle import frame
 from ..data.text import tokens
-from .base import Ask, Material, Passage, Quiz, Task
+from .base import Ask, Material, Passage, Quiz, Task, at_lengths
 
 DEPTHS, CUE, COPIED = (0.05, 0.35, 0.65, 0.95), 16, 32
 """Where the words to copy begin; tokens given; tokens asked for."""
@@ -32,7 +32,7 @@ class Copy(Task):
     order = 5
 
     def items(self, material: Material) -> list[Passage | Quiz]:
-        return [_quiz(material, length, trial) for length in material.lengths() for trial in range(material.trials)]
+        return at_lengths(material, _quiz)
 
 
 def _quiz(material: Material, length: int, trial: int) -> Quiz:

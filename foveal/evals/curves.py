@@ -26,7 +26,7 @@ def curves(task: Mapping[str, Any], context: int) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UnsupportedError("reports need matplotlib: pip install 'foveal[report]'.") from error
-    look = {
+    look: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "foveal", "font.size": 10, "text.color": _TEXT, "axes.labelcolor": _TEXT, "axes.edgecolor": _GRID,
         "xtick.color": _TEXT, "ytick.color": _TEXT, "grid.color": _GRID, "legend.frameon": False,
     }  # fmt: skip
@@ -49,7 +49,9 @@ def curves(task: Mapping[str, Any], context: int) -> str:
     svg = svg[svg.index("<svg") :]
     for stand_in, colour in COLOURS.items():
         svg = svg.replace(stand_in, colour)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
     return svg.replace("<svg", '<svg class="curve" role="img" aria-label="' + _alt(task) + '"', 1)
 
 

@@ -12,8 +12,8 @@ from ..data.needle import frame, plant, question
 from ..data.text import tokens
 from .base import Ask, Material, Quiz
 
-LEAST_TEXT = 32
-"""Tokens of ordinary text that must be left in a context."""
+LEAST_TEXT = 128
+"""Tokens of ordinary text that must be left in a context, so that depths mean something."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ class MultiKey(Task):
     """4, 16 and 64 keys in a context, as far as it has room; four of them asked for."""
 
     title = "Multi-key retrieval"
-    about = "Many numbered things in sentences of one form, as in RULER; the wrong answers are the numbers of the others."
+    about = (
+        "Many numbered things in sentences of one form, as in RULER; the wrong answers are the numbers of the others."
+    )
     axes = ("keys", "depth")
     order = 3
 

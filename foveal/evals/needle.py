@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..core.registry import register
 from ..data.needle import SUBJECTS
-from .base import Material, Passage, Quiz, Task
+from .base import Material, Passage, Quiz, Task, at_lengths
 from .haystack import Fact, Wanted, capital, codes, hide, sample
 
 DEPTHS, OTHERS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), 3
@@ -27,9 +27,7 @@ class Needle(Task):
     order = 2
 
     def items(self, material: Material) -> list[Passage | Quiz]:
-        return [
-            _quiz(material, length, trial) for length in material.lengths() for trial in range(material.trials)
-        ]
+        return at_lengths(material, _quiz)
 
 
 def _quiz(material: Material, length: int, trial: int) -> Quiz:

@@ -58,7 +58,7 @@ class Reader:
             self.passage(passage, None, "the dense model")
         count = len(passage.ids) - 1
         stride = max(1, -(-4 * count * self.meter.vocabulary // LOGIT_BYTES))
-        rows = torch.arange(count % stride, count, stride)
+        rows = torch.arange((count - 1) % stride, count, stride)
         some = torch.linspace(0, len(rows) - 1, min(KL_ROWS, len(rows))).long()
         seen = Kept()
         with self.meter.under(policy, (seen,)):
@@ -164,4 +164,3 @@ class Reader:
 
 def _short(values: Tensor) -> list[float]:
     return [round(x, 5) for x in values.double().tolist()]
-

@@ -76,7 +76,9 @@ def headline(results: Mapping[str, Any]) -> str:
             continue
         if name == "perplexity":
             rise = task["change"].get(arm)
-            told.append(f"perplexity {percent(rise['increase'])}" if rise else f"perplexity {figure(own['mean'], '.4g')}")
+            told.append(
+                f"perplexity {percent(rise['increase'])}" if rise else f"perplexity {figure(own['mean'], '.4g')}"
+            )
         elif "exact" in own:
             told.append(f"{name} {figure(own['exact']['mean'], '.0f', ' %', 100.0)}")
     own_attention = len(results["arms"]) == 1

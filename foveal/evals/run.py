@@ -89,7 +89,9 @@ def _tasks(options: EvalOptions, with_policy: bool) -> dict[str, Task]:
     made = {name: task(name) for name in names}
     alone = [name for name, one in made.items() if one.needs_policy and not with_policy]
     if alone and options.tasks:
-        raise ConfigError(f"task {alone[0]!r} compares a policy with dense, and there is none; pass --policy policy.json.")
+        raise ConfigError(
+            f"task {alone[0]!r} compares a policy with dense, and there is none; pass --policy policy.json."
+        )
     return {name: one for name, one in made.items() if name not in alone}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..tune.table import figure, interval, percent, small
+from ..tune.table import figure, percent, small
 from .report import shown
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """One row for each task and arm; shares in per cent, margins in nats, 95 % intervals in brackets."""
+    """One row for each task and arm; shares in per cent, margins in nats, 95 % intervals of choice and margin in brackets."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -35,9 +35,7 @@ def table(results: Mapping[str, Any]) -> Table:
                 row += [shown(own.get(m), m) for m in ("choice", "margin")]
                 row += ["–", "–" if change is None else figure(change["margin"]["mean"], "+.2f", " nats")]
             else:
-                ends = interval(own["interval"])
-                span = "" if ends is None else f" [{small(ends[0])}, {small(ends[1])}]"
-                row += ["–"] * 4 + [small(own["mean"]) + span, "–" if change is None else percent(change["increase"])]
+                row += ["–"] * 4 + [small(own["mean"]), "–" if change is None else percent(change["increase"])]
             out.add_row(*row, end_section=i == len(task["arms"]) - 1)
     chances = {n: t["arms"] for n, t in results["tasks"].items() if t["axes"]}
     told = [f"{n} {figure(next(iter(a.values()))['chance'], '.0f', ' %', 100.0)}" for n, a in chances.items() if next(iter(a.values()))["chance"]]  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.registry import register
-from .base import Material, Passage, Quiz, Task
+from .base import Material, Passage, Quiz, Task, at_lengths
 from .haystack import Fact, Wanted, codes, hide, sample
 
 CHAINS, HOPS, ASKED = 4, 4, 2
@@ -30,11 +30,7 @@ class Tracking(Task):
     order = 4
 
     def items(self, material: Material) -> list[Passage | Quiz]:
-        return [
-            _quiz(material, length, trial)
-            for length in material.lengths(2, least=512)
-            for trial in range(material.trials)
-        ]
+        return at_lengths(material, _quiz, halvings=1)
 
 
 def _quiz(material: Material, length: int, trial: int) -> Quiz:
