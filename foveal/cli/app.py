@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from . import compress, info, inspect, papers, patterns, reproduce, run, simulate, tune
 from . import eval as evaluate
-from . import info, inspect, papers, patterns, reproduce, run, simulate, tune
 from .guard import DEBUG, GuardedGroup
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def root(
         os.environ[DEBUG] = "1"
 
 
-for verb in (tune, run, evaluate, inspect, papers, reproduce, patterns, simulate, info):
+for verb in (tune, run, evaluate, inspect, papers, reproduce, patterns, simulate, compress, info):
     verb.add_to(app)
 
 
