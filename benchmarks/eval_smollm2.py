@@ -3,7 +3,7 @@
 Usage: python benchmarks/eval_smollm2.py [--context 4096] [--policy policy.json] [--text FILE] [--trials 1] [--work FOLDER] [--out FILE]
 
 Runs every task of ``foveal eval``. Without ``--policy`` the sparse one is the block top-k of ``foveal tune``, a quarter of the keys,
-in every layer for prefill and decoding. An interrupted run goes on from the journal in ``--work``, which also holds the report.
+in every layer for prefill and decoding. An interrupted run goes on from the journal in ``--work`` (default: foveal's cache), which also holds the report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from foveal.bench.results import load_average, write_result
 from foveal.core.budget import Budget
+from foveal.core.cache import cache_dir
 from foveal.evals import EvalOptions, run_eval
 from foveal.evals.table import table
 from foveal.patterns import BlockTopK
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--work", type=Path, default=Path("eval-smollm2"))
+    parser.add_argument("--work", type=Path, default=cache_dir() / "eval-smollm2")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "eval_smollm2.json")
     args = parser.parse_args()
     load = load_average()
