@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import bench, info, inspect, papers, patterns, reproduce, run, simulate, tune
+from . import bench, compress, info, inspect, papers, patterns, reproduce, run, simulate, tune
+from . import eval as evaluate
 from .guard import DEBUG, GuardedGroup
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def root(
         os.environ[DEBUG] = "1"
 
 
-for verb in (tune, run, inspect, bench, papers, reproduce, patterns, simulate, info):
+for verb in (tune, run, evaluate, inspect, bench, papers, reproduce, patterns, simulate, compress, info):
     verb.add_to(app)
 
 

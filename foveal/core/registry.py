@@ -16,7 +16,9 @@ from .errors import ConfigError, nearest
 C = TypeVar("C")
 
 _tables: dict[str, dict[str, Any]] = {}
-_packages = {"pattern": "foveal.patterns", "operator": "foveal.patterns", "channel": "foveal.layers.channel"}
+_packages = {
+    "pattern": "foveal.patterns", "operator": "foveal.patterns", "channel": "foveal.layers.channel", "task": "foveal.evals"
+}  # fmt: skip
 _searched: set[str] = set()
 
 

@@ -94,10 +94,10 @@ def build(
     kinds = [SUBJECTS[i] for i in torch.randperm(len(SUBJECTS), generator=g)[: len(depths)].tolist()]
     subjects = [f"{kind} {of[int(torch.randint(len(of), (), generator=g))]}" for kind, of in kinds]
     codes = (torch.randperm(90_000, generator=g)[: len(depths)] + 10_000).tolist()
-    before, rendered = _frame(tokenizer, subjects, chat)
+    before, rendered = frame(tokenizer, [(f"What is {x}?", f"{_capital(x)} is") for x in subjects], chat)
     needles = [tokens(tokenizer, f" {_capital(x)} is {code}.") for x, code in zip(subjects, codes, strict=True)]
-    asked = [_question(tokenizer, text, code) for text, code in zip(rendered, codes, strict=True)]
-    after = max(len(q) + len(a) for q, a in asked)
+    asked = [question(tokenizer, text, (str(code),)) for text, code in zip(rendered, codes, strict=True)]
+    after = max(len(q) + len(a) for q, (a,) in asked)
     hay = length - len(before) - after - sum(map(len, needles))
     if hay < 16 * len(depths):
         raise ConfigError(
@@ -109,19 +109,34 @@ def build(
             f"the haystack has {len(haystack)} tokens; expected at least {hay} for a context of {length}; "
             "pass a longer --text or a smaller --context."
         )
-    text = haystack[:hay].cpu()
+    planted, found = plant(tokenizer, haystack[:hay].cpu(), needles, depths)
+    questions = tuple(
+        Question(ids, answer, float(depth), len(before) + at)
+        for (ids, (answer,)), depth, at in zip(asked, depths, found, strict=True)
+    )
+    return Needles(torch.cat([before, planted]), questions)
+
+
+def plant(
+    tokenizer: PreTrainedTokenizerBase, text: Tensor, pieces: Sequence[Tensor], depths: Sequence[float]
+) -> tuple[Tensor, list[int]]:
+    """Put pieces between the sentences of a text.
+
+    Args:
+        text: ``(N,)`` tokens. pieces: token ids of sentences that begin with a space. depths: where each goes, 0 (beginning) to 1
+            (end): to the nearest end of a sentence. Pieces with the same place keep their order.
+
+    Returns:
+        The text with the pieces, and the index of each piece's first token in it.
+    """
     ends = _sentence_ends(tokenizer, text)
-    order = sorted(range(len(depths)), key=lambda i: depths[i])
-    ends_at = {i: int(ends[(ends - depths[i] * hay).abs().argmin()]) for i in order}
-    parts, at, position, found = [before], 0, len(before), {}
-    for i in order:
-        end = ends_at[i]
-        parts += [text[at:end], needles[i]]
+    parts, at, position, found = [], 0, 0, [0] * len(pieces)
+    for i in sorted(range(len(pieces)), key=lambda i: depths[i]):
+        end = int(ends[(ends - depths[i] * len(text)).abs().argmin()])
+        parts += [text[at:end], pieces[i]]
         found[i] = position + end - at
-        position, at = found[i] + len(needles[i]), end
-    context = torch.cat([*parts, text[at:]])
-    questions = tuple(Question(*asked[i], float(depths[i]), found[i]) for i in range(len(depths)))
-    return Needles(context, questions)
+        position, at = found[i] + len(pieces[i]), end
+    return torch.cat([*parts, text[at:]]), found
 
 
 def score(needles: Needles, decode: Callable[[Question, int], Tensor]) -> tuple[bool, ...]:
@@ -165,34 +180,41 @@ def retrieve(model: PreTrainedModel, needles: Needles, cache: Any = None) -> tup
     return score(needles, decode)
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, subjects: list[str], chat: bool) -> tuple[Tensor, list[str]]:
-    """What stands before the haystack (ids), and for each subject what stands after it, up to where the answer begins."""
-    begun = [f"{_capital(x)} is" for x in subjects]
+def frame(tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]], chat: bool) -> tuple[Tensor, list[str]]:
+    """What stands before a context (ids), and for each ``(question, begun)`` the text after it, up to where the answer begins.
+
+    Without ``chat`` that is a new paragraph with ``begun``; in the chat template it is the question and the begun reply.
+
+    Raises:
+        ConfigError: there is no chat template, or it rewrites messages.
+    """
     if not chat:
-        return prefix(tokenizer), [f"\n\n{text}" for text in begun]
+        return prefix(tokenizer), [f"\n\n{begun}" for _, begun in asked]
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("chat=True, but this tokenizer has no chat template; use chat=False.")
-    asked = [f"What is {x}?" for x in subjects]
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{_HAY}\n\n{q}"}], tokenize=False, add_generation_prompt=True
         )
-        for q in asked
+        for q, _ in asked
     ]
     head, marker, _ = str(texts[0]).partition(_HAY)
     if not marker:
         raise ConfigError("the chat template drops or rewrites the user's message; use chat=False.")
-    after = [f"{str(text).partition(_HAY)[2]}{a}" for text, a in zip(texts, begun, strict=True)]
+    after = [f"{str(text).partition(_HAY)[2]}{begun}" for text, (_, begun) in zip(texts, asked, strict=True)]
     return tokens(tokenizer, head), after
 
 
-def _question(tokenizer: PreTrainedTokenizerBase, text: str, code: int) -> tuple[Tensor, Tensor]:
-    """Token ids of the question and of the answer; the question's must be a prefix of both together."""
-    ids, whole = tokens(tokenizer, text), tokens(tokenizer, f"{text} {code}")
+def question(
+    tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequence[str]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Token ids of the question and of each answer after it; the question's are a prefix of itself with any of the answers."""
+    ids = tokens(tokenizer, text)
+    whole = [tokens(tokenizer, f"{text} {answer}") for answer in answers]
     shared = 0
-    while shared < len(ids) and ids[shared] == whole[shared]:
+    while shared < len(ids) and all(ids[shared] == w[shared] for w in whole):
         shared += 1
-    return whole[:shared], whole[shared:]
+    return ids[:shared], tuple(w[shared:] for w in whole)
 
 
 def _capital(text: str) -> str:

@@ -62,7 +62,7 @@ def convert(
     last: int | None = None,
     expander: int = 96,
     share_expander: Literal["layer", "model"] = "layer",
-    init: Literal["scratch", "svd"] = "scratch",
+    init: Literal["scratch", "svd", "heads"] = "scratch",
     calibration: Any = None,
     run: Run = call,
     keep_ffn: bool = False,
@@ -74,7 +74,8 @@ def convert(
         model: with torch's or BERT's encoder layers. layers, first, last: which; exactly one.
         expander: hidden width. share_expander: one per layer, or one for the ``"model"``.
         init: ``"svd"`` fits the expander's last map to what the original layer added on ``calibration``, a batch for ``run``, from
-            the mean of its heads, by least squares; layers are fitted from the first to the last.
+            the mean of its heads, by least squares; ``"heads"`` from each head alone, as routing will use them; layers are fitted from
+            the first to the last.
         keep_ffn: keep the wide feed-forward part, an ablation. options: of :class:`ExpertAttention`.
 
     Returns:
@@ -85,12 +86,12 @@ def convert(
     """
     for name, value, known in (
         ("share_expander", share_expander, ("layer", "model")),
-        ("init", init, ("scratch", "svd")),
+        ("init", init, ("scratch", "svd", "heads")),
     ):
         if value not in known:
             raise ConfigError(f"convert: {name} is {value!r}. {nearest(str(value), known)}")
-    if init == "svd" and (calibration is None or share_expander == "model"):
-        raise ConfigError("convert: init='svd' needs a calibration batch and share_expander='layer'.")
+    if init != "scratch" and (calibration is None or share_expander == "model"):
+        raise ConfigError(f"convert: init={init!r} needs a calibration batch and share_expander='layer'.")
     where = places(model)
     shared: Expander | None = None
     indices = chosen(len(where), layers, first, last)
@@ -111,15 +112,18 @@ def convert(
                 target.weight.copy_(weight)
                 target.bias.copy_(bias)
         layer.norm.load_state_dict(parts.norm.state_dict())
-        if init == "svd":
-            _fit(model, host, layer, parts.norm, calibration, run)
+        if init != "scratch":
+            _fit(model, host, layer, parts.norm, calibration, run, init == "svd")
         stand_in = ConvertedTorch if isinstance(host, nn.TransformerEncoderLayer) else ConvertedBert
         setattr(parent, name, stand_in(layer.train(host.training)))
     return indices
 
 
-def _fit(model: nn.Module, host: nn.Module, layer: ExpertAttention, norm: nn.Module, batch: Any, run: Run) -> None:
-    """Least squares of the expander's last map: from the mean head to what ``host`` adds to its input before its last norm."""
+def _fit(
+    model: nn.Module, host: nn.Module, layer: ExpertAttention, norm: nn.Module, batch: Any, run: Run, mean: bool
+) -> None:
+    """Least squares of the expander's last map: from the mean head, or from every head, to what ``host`` adds to its input before
+    its last norm."""
     seen: dict[str, Any] = {}
     hooks = [  # hooks also keep torch's layer off its fused path, which would pass by the norm
         host.register_forward_pre_hook(
@@ -134,13 +138,18 @@ def _fit(model: nn.Module, host: nn.Module, layer: ExpertAttention, norm: nn.Mod
         for hook in hooks:
             hook.remove()
     if "sum" not in seen:
-        raise DataError("convert: init='svd' ran the calibration batch, and it did not pass the layers to convert.")
+        raise DataError(
+            "convert: init='svd' or 'heads' ran the calibration batch, and it did not pass the layers to convert."
+        )
     with torch.no_grad():
         x, valid = seen["tokens"]
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-        features = layer.expander.features(layer.experts(x, valid).mean(1))[real].double()
+        heads = layer.experts(x, valid)
+        heads = heads.mean(1, keepdim=True) if mean else heads
+        features = layer.expander.features(heads).transpose(1, 2)[real].flatten(0, 1).double()
         features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-        solution = torch.linalg.lstsq(features, (seen["sum"] - x)[real].double(), driver="gelsd").solution
+        wanted = (seen["sum"] - x)[real].double().repeat_interleave(heads.shape[1], 0)
+        solution = torch.linalg.lstsq(features, wanted, driver="gelsd").solution
         layer.expander.outer.weight.copy_(solution[:-1].T)
         layer.expander.outer.bias.copy_(solution[-1])
 

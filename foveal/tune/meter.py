@@ -66,7 +66,7 @@ class Meter:
         self.model, self.impl = model, impl
         self.device = next(model.parameters()).device
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def dense_kernel(self, length: int) -> str:
         """The implementation that computes dense causal self-attention over ``length`` tokens of this model."""
@@ -99,7 +99,7 @@ class Meter:
             ]
         try:
             start = self._now()
-            extra = {"logits_to_keep": keep} if self._keeps else {}
+            extra = {"logits_to_keep": keep} if self.keeps else {}
             out = self.model(input_ids=ids.to(self.device), **extra, **kwargs)
             end = self._now()
         finally:
