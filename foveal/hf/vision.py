@@ -93,7 +93,8 @@ def visual_mask(tokens: ImageTokens, inputs: Mapping[str, Any], module: nn.Modul
         return tokens.mask(ids)
     embeds = inputs.get("inputs_embeds")
     if isinstance(embeds, Tensor) and hasattr(module, "get_input_embeddings"):
-        table = module.get_input_embeddings()
+        find: Any = module.get_input_embeddings
+        table = find()
         marks = table(torch.tensor(tokens.ids, device=embeds.device)).to(embeds.dtype)
         return (embeds[:, :, None] == marks).all(-1).any(-1)
     raise UnsupportedError(

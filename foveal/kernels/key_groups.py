@@ -54,7 +54,9 @@ def partial(
     count = k.shape[2]
     if count == 0 or rows.shape[1] == 0:
         empty = q.new_zeros(batch, heads, rows.shape[1], call.v.shape[-1])
-        lse = torch.full(empty.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = torch.full(
+            empty.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
         return empty, lse
     rank = torch.arange(count, device=q.device)[None]
     predicate = None if base.predicate is None else _picked(base.predicate, rows, index)
@@ -94,7 +96,9 @@ def _masked(
     base, batch, heads = call.base, *call.q.shape[:2]
     if keys is not None:
         valid = keys if base.valid is None else keys & base.valid
-        base = BaseMask(base.q_len, base.kv_len, base.lo, base.hi, base.shift, base.causal, base.rank, valid, base.predicate)
+        base = BaseMask(
+            base.q_len, base.kv_len, base.lo, base.hi, base.shift, base.causal, base.rank, valid, base.predicate
+        )
         base.cache |= {k: v for k, v in call.base.cache.items() if k == "predicate_batch"}
     part = call.replace(base=base, return_lse=True)
     out, lse = compute(part, _able(part, impl), sinks)

@@ -42,7 +42,9 @@ def apply(
     given: Iterable[Any] = interventions if isinstance(interventions, Sequence) else (interventions,)
     chosen = list(given)
     if not chosen:
-        raise ConfigError("interventions is empty; expected at least one, such as foveal.steer.HeadScale({0: [1]}, 0.0).")
+        raise ConfigError(
+            "interventions is empty; expected at least one, such as foveal.steer.HeadScale({0: [1]}, 0.0)."
+        )
     for one in chosen:
         if not hasattr(one, "on"):
             hint = "CARVE changes the picture, not the attention: call foveal.steer.carve(...)." if "carve" in repr(one).lower() else "See foveal.steer for what there is."  # fmt: skip

@@ -35,17 +35,23 @@ class HeadScale:
 
     def __post_init__(self) -> None:
         if not isinstance(self.heads, Mapping) or any(isinstance(v, int) for v in self.heads.values()):
-            raise ConfigError(f"heads is {self.heads!r}; expected a mapping of layer to head numbers such as {{3: [0, 2]}}.")
+            raise ConfigError(
+                f"heads is {self.heads!r}; expected a mapping of layer to head numbers such as {{3: [0, 2]}}."
+            )
 
     def on(self, handle: Handle) -> Act:
         """Check layers and heads against the model, and start."""
         counts = head_counts(handle)
         for layer, heads in self.heads.items():
             if layer not in counts:
-                raise ConfigError(f"heads names layer {layer}; {type(handle.model).__name__} has layers 0 to {len(counts) - 1}.")
+                raise ConfigError(
+                    f"heads names layer {layer}; {type(handle.model).__name__} has layers 0 to {len(counts) - 1}."
+                )
             wrong = [h for h in heads if not 0 <= h < counts[layer]]
             if wrong:
-                raise ConfigError(f"heads names head {wrong[0]} of layer {layer}, which has heads 0 to {counts[layer] - 1}.")
+                raise ConfigError(
+                    f"heads names head {wrong[0]} of layer {layer}, which has heads 0 to {counts[layer] - 1}."
+                )
         return _Scaling(self)
 
 

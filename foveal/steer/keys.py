@@ -23,7 +23,7 @@ class Knockout:
     Attributes:
         keys: ``(N,)`` or ``(B, N)`` bool over the first N positions of the request; later positions are never among them.
         factor: 0 knocks them out. layers: default all.
-        own_rows: whether the rows of the keys themselves are changed as well.
+        spare: ``(N,)`` or ``(B, N)`` bool, rows that keep their attention, such as those of image tokens; later rows are never among them.
         renormalise: give the mass back to the other keys in proportion, as if the keys had been masked before the softmax; a row
             that sees only such keys is left alone.
 
@@ -34,12 +34,15 @@ class Knockout:
     keys: Tensor
     factor: float = 0.0
     layers: Collection[int] | None = None
-    own_rows: bool = True
+    spare: Tensor | None = None
     renormalise: bool = False
 
     def __post_init__(self) -> None:
-        if self.keys.dim() not in (1, 2) or self.keys.dtype != torch.bool:
-            raise ShapeError(f"keys has shape {tuple(self.keys.shape)} and dtype {self.keys.dtype}; expected bool (N,) or (B, N).")
+        for name, flags in (("keys", self.keys), ("spare", self.spare)):
+            if flags is not None and (flags.dim() not in (1, 2) or flags.dtype != torch.bool):
+                raise ShapeError(
+                    f"{name} has shape {tuple(flags.shape)} and dtype {flags.dtype}; expected bool (N,) or (B, N)."
+                )
         if self.factor < 0:
             raise ConfigError(f"factor is {self.factor}; expected 0 or more.")
 
@@ -60,8 +63,8 @@ class _Knocking(Act):
         self.calls += 1
         keys = over_keys(what.keys, moment)
         rows = torch.ones(1, moment.call.q.shape[2], dtype=torch.bool, device=keys.device)
-        if not what.own_rows:
-            rows = ~over_rows(keys, moment)
+        if what.spare is not None:
+            rows = ~over_rows(over_keys(what.spare, moment), moment)
 
         def factors(mass: Tensor) -> Tensor:
             out = torch.ones_like(mass)
@@ -107,4 +110,6 @@ def check_layers(layers: Collection[int] | None, handle: Handle) -> None:
     """Raise :class:`ConfigError` for layers that the model lacks."""
     for layer in layers or ():
         if not 0 <= layer < handle.num_layers:
-            raise ConfigError(f"layers names {layer}; {type(handle.model).__name__} has layers 0 to {handle.num_layers - 1}.")
+            raise ConfigError(
+                f"layers names {layer}; {type(handle.model).__name__} has layers 0 to {handle.num_layers - 1}."
+            )

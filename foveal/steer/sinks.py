@@ -39,7 +39,9 @@ def threshold(tau: float, mode: TauMode, dim: int) -> float:
     Warns when no vector of this width can reach it.
     """
     if mode not in ("paper", "energy"):
-        raise ConfigError(f"tau_mode is {mode!r}; expected 'paper' (absolute) or 'energy' (share of the vector's energy).")
+        raise ConfigError(
+            f"tau_mode is {mode!r}; expected 'paper' (absolute) or 'energy' (share of the vector's energy)."
+        )
     limit = tau if mode == "paper" else math.sqrt(tau * dim)
     if limit > math.sqrt(dim):
         warnings.warn(
@@ -53,9 +55,13 @@ def threshold(tau: float, mode: TauMode, dim: int) -> float:
 def blocks(model: nn.Module) -> dict[int, nn.Module]:
     """The decoder block around each self-attention layer, by layer index; what enters it is the residual stream."""
     modules = dict(model.named_modules())
-    found = {s.index: modules[s.name.rsplit(".", 1)[0]] for s in families.sites(model) if s.index >= 0 and "." in s.name}
+    found = {
+        s.index: modules[s.name.rsplit(".", 1)[0]] for s in families.sites(model) if s.index >= 0 and "." in s.name
+    }
     if not found:
-        raise UnsupportedError(f"{type(model).__name__} has no blocks around its attention, so its residual stream cannot be read.")
+        raise UnsupportedError(
+            f"{type(model).__name__} has no blocks around its attention, so its residual stream cannot be read."
+        )
     return found
 
 
@@ -82,7 +88,9 @@ def find_sink_dims(
     """
     stack = blocks(model)
     if not prompts or len(stack) < 5:
-        raise ConfigError(f"find_sink_dims needs prompts and at least 5 layers; received {len(prompts)} and {len(stack)}.")
+        raise ConfigError(
+            f"find_sink_dims needs prompts and at least 5 layers; received {len(prompts)} and {len(stack)}."
+        )
     middle = [layer for layer in sorted(stack) if 2 <= layer <= len(stack) - 2]
     seen: dict[int, list[Tensor]] = {layer: [] for layer in middle}
 

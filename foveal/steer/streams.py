@@ -32,7 +32,7 @@ def turns_in_3d(model: nn.Module) -> bool:
 @contextmanager
 def kept_deltas(model: nn.Module) -> Iterator[None]:
     """Give back the position offsets that Qwen's models keep on themselves from one call to the next."""
-    kept = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
+    kept: list[tuple[Any, Any]] = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
     for m, _ in kept:
         m.rope_deltas = None
     try:
@@ -50,7 +50,9 @@ def whole_prompt(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor):
-        raise UnsupportedError("taking the image out of a prompt needs its input_ids; inputs_embeds alone do not tell what is text.")
+        raise UnsupportedError(
+            "taking the image out of a prompt needs its input_ids; inputs_embeds alone do not tell what is text."
+        )
     mask = torch.ones_like(ids) if mask is None else mask
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise UnsupportedError("taking the image out of a prompt needs a 2-D attention_mask (B, N), or none.")
@@ -95,7 +97,9 @@ def text_stream(model: nn.Module, inputs: Mapping[str, Any], tokens: ImageTokens
         out["mm_token_type_ids"] = torch.zeros_like(out["input_ids"])
     if turns_in_3d(model):
         if keep_positions:
-            raise UnsupportedError("keep_positions is not possible for a model that numbers image tokens in three dimensions.")
+            raise UnsupportedError(
+                "keep_positions is not possible for a model that numbers image tokens in three dimensions."
+            )
     elif keep_positions:
         out["position_ids"] = image_stream(model, inputs)["position_ids"].expand_as(ids).gather(1, order)
     else:
@@ -111,7 +115,9 @@ def lock_step(model: nn.Module, image: Mapping[str, Any], text: Mapping[str, Any
     for name in ("input_ids", "attention_mask", "position_ids"):
         whole = image[name].expand(batch, -1)
         short = text[name]
-        left = short[:, -1:] if name == "input_ids" else torch.zeros_like(short[:, :1])  # any token that is no image token
+        left = (
+            short[:, -1:] if name == "input_ids" else torch.zeros_like(short[:, :1])
+        )  # any token that is no image token
         out[name] = torch.cat([whole, torch.cat([left.expand(-1, pad), short], 1)])
     return out
 
@@ -125,7 +131,9 @@ def extended(inputs: Mapping[str, Any], generated: Tensor) -> dict[str, Any]:
         out["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(generated)], 1)
     given = inputs.get("position_ids")
     if given is not None and not (isinstance(given, Tensor) and given.dim() == 2):
-        raise UnsupportedError("teacher forcing works out the positions itself where they are three-dimensional; leave position_ids out.")
+        raise UnsupportedError(
+            "teacher forcing works out the positions itself where they are three-dimensional; leave position_ids out."
+        )
     if given is not None:
         ahead = torch.arange(1, generated.shape[1] + 1, device=ids.device)
         out["position_ids"] = torch.cat([given, given[:, -1:] + ahead], 1)

@@ -71,7 +71,9 @@ class VAR:
         if self.profile is not None and self.profile not in SINK_DIMS:
             raise ConfigError(f"profile is {self.profile!r}. {nearest(self.profile, SINK_DIMS)}")
         if not 0 <= self.transfer <= 1:
-            raise ConfigError(f"transfer is {self.transfer}; expected 0 to 1, the share of the sinks' weight that moves.")
+            raise ConfigError(
+                f"transfer is {self.transfer}; expected 0 to 1, the share of the sinks' weight that moves."
+            )
         if self.generated not in ("never", "test"):
             raise ConfigError(f"generated is {self.generated!r}; expected 'never' or 'test'.")
 
@@ -130,10 +132,13 @@ class _Redistributing(Act):
         self.rows: dict[int, list[int]] = {}
         self.hooks: list[Any] = []
         if self.dims:
-            width = int(getattr(handle.model.config.get_text_config(), "hidden_size", 0))
+            config: Any = handle.model.config
+            width = int(getattr(config.get_text_config(), "hidden_size", 0))
             wrong = [d for d in self.dims if not 0 <= d < width]
             if wrong:
-                raise ConfigError(f"sink dimension {wrong[0]} does not exist: {type(handle.model).__name__} has width {width}.")
+                raise ConfigError(
+                    f"sink dimension {wrong[0]} does not exist: {type(handle.model).__name__} has width {width}."
+                )
             self.limit = threshold(what.tau, what.tau_mode, width)
             around = blocks(handle.model)
             for layer in sorted(self.layers & around.keys()):
@@ -184,6 +189,7 @@ class _Redistributing(Act):
             return None
         if what.needs_image_sink and not bool((image & sink).any()):
             return None
+
         def count(selected: Tensor) -> None:
             log = self.rows.setdefault(layer, [0, 0])
             log[0] += int(selected.sum())
@@ -194,4 +200,8 @@ class _Redistributing(Act):
     def report(self) -> dict[str, Any]:
         """``rows``: per layer, (head, row) pairs changed and looked at; rows of padding count among the latter."""
         changed = sum(a for a, _ in self.rows.values())
-        return {"intervention": "VAR", "changed": changed, "rows": {str(k): tuple(v) for k, v in sorted(self.rows.items())}}
+        return {
+            "intervention": "VAR",
+            "changed": changed,
+            "rows": {str(k): tuple(v) for k, v in sorted(self.rows.items())},
+        }

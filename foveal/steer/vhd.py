@@ -90,7 +90,9 @@ def vhd(
     ids, mask = whole_prompt(inputs)
     require_images(tokens.mask(ids))
     if bool(tokens.mask(ids[:, -count:]).any()) or not bool(mask[:, -count:].all()):
-        raise ConfigError(f"count is {count}, but the last {count} positions hold image tokens or padding; expected text alone.")
+        raise ConfigError(
+            f"count is {count}, but the last {count} positions hold image tokens or padding; expected text alone."
+        )
     recorder = _Recorder(count)
     with apply(model, [recorder]), kept_deltas(model):
         model(**image_stream(model, inputs))

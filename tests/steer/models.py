@@ -32,11 +32,15 @@ def _qwen(model: Any, config: Any, vision: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
     vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2, **vision}
     ids = {"video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57}
-    return model(config(text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, image_token_id=IMAGE, **ids))
+    return model(
+        config(text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, image_token_id=IMAGE, **ids)
+    )
 
 
 def _idefics(model: Any, config: Any) -> Any:
-    return model(config(text_config=hf.LlamaConfig(**_TEXT), vision_config=_VISION, image_token_id=IMAGE, scale_factor=2))
+    return model(
+        config(text_config=hf.LlamaConfig(**_TEXT), vision_config=_VISION, image_token_id=IMAGE, scale_factor=2)
+    )
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -63,7 +67,9 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-def prompt(name: str, seed: int = 0, before: int = 2, after: int = 5, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def prompt(
+    name: str, seed: int = 0, before: int = 2, after: int = 5, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """One request: text, image, text."""
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(3, 50, (1, before + after), generator=g)
@@ -77,7 +83,12 @@ def prompt(name: str, seed: int = 0, before: int = 2, after: int = 5, dtype: tor
     if name.startswith("qwen"):
         pixels = torch.randn(16, 96, generator=g).to(dtype)
         grid = torch.tensor([[1, 4, 4]])
-        return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": (ids == IMAGE).long()}
+        return {
+            "input_ids": ids,
+            "pixel_values": pixels,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (ids == IMAGE).long(),
+        }
     return {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, 16, 16, generator=g).to(dtype)}
 
 

@@ -80,7 +80,9 @@ def test_knockout_after_the_softmax_scales_values() -> None:
     from foveal.hf.interventions import Reweigh
 
     rows = ~keys
-    step = Reweigh(keys.long(), 2, rows, lambda mass: torch.stack([torch.ones_like(mass[0]), torch.zeros_like(mass[1])]))
+    step = Reweigh(
+        keys.long(), 2, rows, lambda mass: torch.stack([torch.ones_like(mass[0]), torch.zeros_like(mass[1])])
+    )
     got = reweighed(call, [step], None, "auto", attend(call)[0])
     wanted = attend(call.replace(v=v * ~keys[:, None, :, None]))[0]
     assert torch.allclose(got[:, :, rows[0]], wanted[:, :, rows[0]], atol=1e-12)
@@ -95,7 +97,9 @@ def test_two_reweighings_act_on_each_others_result() -> None:
     with torch.no_grad():
         with apply(model, [Knockout(some, 0.5), Knockout(others, 0.25)]):
             both = model(**request).logits
-        with apply(model, [Knockout(some & others, 0.125), Knockout(some & ~others, 0.5), Knockout(others & ~some, 0.25)]):
+        with apply(
+            model, [Knockout(some & others, 0.125), Knockout(some & ~others, 0.5), Knockout(others & ~some, 0.25)]
+        ):
             wanted = model(**request).logits
         assert torch.allclose(both, wanted, atol=1e-9)
         sinks = torch.arange(length) == 4
@@ -133,13 +137,21 @@ def test_bad_input() -> None:
         apply(model, HeadScale({7: [0]}))
     with pytest.raises(ShapeError, match="expected bool"):
         Knockout(torch.ones(3))
-    with pytest.raises(ShapeError, match="given for 2 sequences"), torch.no_grad(), apply(model, Knockout(torch.ones(2, 3, dtype=torch.bool))):
+    with (
+        pytest.raises(ShapeError, match="given for 2 sequences"),
+        torch.no_grad(),
+        apply(model, Knockout(torch.ones(2, 3, dtype=torch.bool))),
+    ):
         model(IDS.expand(3, -1))
     from foveal.patterns import Dense, SlidingWindow
     from foveal.policies.policy import Policy, Rule
 
     by_head = Policy(default=Rule(Dense(), heads=((0, 1, Rule(SlidingWindow(window=4))),)))
-    with torch.no_grad(), apply(model, Knockout(torch.ones(3, dtype=torch.bool)), by_head), pytest.raises(UnsupportedError, match="rules for single heads"):
+    with (
+        torch.no_grad(),
+        apply(model, Knockout(torch.ones(3, dtype=torch.bool)), by_head),
+        pytest.raises(UnsupportedError, match="rules for single heads"),
+    ):
         model(IDS)
     with torch.no_grad(), apply(model, HeadScale({0: [0]}), by_head):
         model(IDS)  # head outputs can be scaled under any policy

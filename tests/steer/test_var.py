@@ -27,7 +27,9 @@ from tests.support import Host, tensors
 SETTING = {"rho": 0.5, "transfer": 0.6, "min_mass": 0.2}
 
 
-def loops(alpha: Tensor, image: Tensor, sink: Tensor, rows: Tensor, rho: float, transfer: float, min_mass: float) -> Tensor:
+def loops(
+    alpha: Tensor, image: Tensor, sink: Tensor, rows: Tensor, rho: float, transfer: float, min_mass: float
+) -> Tensor:
     """The sheet's definition, one number at a time."""
     out = alpha.clone()
     for b in range(alpha.shape[0]):
@@ -48,7 +50,9 @@ def loops(alpha: Tensor, image: Tensor, sink: Tensor, rows: Tensor, rho: float, 
     return out
 
 
-def scene(host: Host, seed: int, heads: int = 4, kv_heads: int = 2) -> tuple[AttentionCall, Tensor, Tensor, Tensor, Tensor]:
+def scene(
+    host: Host, seed: int, heads: int = 4, kv_heads: int = 2
+) -> tuple[AttentionCall, Tensor, Tensor, Tensor, Tensor]:
     """A call whose values are unit vectors, so that its output is the attention matrix; flags of keys and rows."""
     q, k, _ = tensors(host, heads, kv_heads, seed=seed)
     v = torch.eye(host.kv_len, dtype=torch.float64).expand(host.batch, kv_heads, -1, -1)
@@ -80,7 +84,9 @@ HOSTS = [Host(12, 12), Host(2, 13), Host(1, 9), Host(9, 9, pads=((4, 0), (0, 0))
 
 @settings(max_examples=15)
 @given(st.sampled_from(HOSTS), st.integers(0, 999), st.floats(0, 1), st.floats(0, 1))
-def test_vectorised_result_equals_a_naive_triple_loop_with_gqa(host: Host, seed: int, rho: float, transfer: float) -> None:
+def test_vectorised_result_equals_a_naive_triple_loop_with_gqa(
+    host: Host, seed: int, rho: float, transfer: float
+) -> None:
     call, alpha, image, sink, rows = scene(host, seed)
     got = steered(call, alpha, var(rho=rho, transfer=transfer).step(image, sink, rows))
     assert torch.allclose(got, loops(alpha, image, sink, rows, rho, transfer, 0.2), atol=1e-12)
@@ -119,7 +125,9 @@ def test_recovery_of_planted_sinks_is_exact() -> None:
                 k = torch.log(moved[b, h, i])[None, None, :, None]
                 v = torch.eye(10, dtype=torch.float64)[None, None]
                 call = AttentionCall(q[:1, :1, :1] + 1, k, v, None, Host(1, 10).base(), 1.0)
-                step = var(rho=1 - share - 1e-9, transfer=1.0, min_mass=0.0).step(image[:1], sink[:1], torch.ones(1, 1, dtype=torch.bool))
+                step = var(rho=1 - share - 1e-9, transfer=1.0, min_mass=0.0).step(
+                    image[:1], sink[:1], torch.ones(1, 1, dtype=torch.bool)
+                )
                 found.append(steered(call, attention(call)[0], step)[0, 0, 0])
     assert torch.allclose(torch.stack(found).view_as(alpha), alpha, atol=1e-12)
 
@@ -191,7 +199,9 @@ def test_phi_does_not_know_the_scale_and_is_at_most_root_d(seed: int, factor: fl
 def eager_var(flags: dict[int, Tensor], image: Tensor, setting: dict[str, float]) -> Callable[..., Any]:
     """Dense eager attention with the loops above, as a plain transformers attention function."""
 
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, dropout: float = 0.0, **kwargs: Any) -> Any:
+    def attend(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, dropout: float = 0.0, **kwargs: Any
+    ) -> Any:
         k, v = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (k, v))
         logits = q @ k.mT * scaling
         causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
@@ -275,7 +285,9 @@ def test_generated_tokens_are_never_sinks_unless_tested() -> None:
         for generated in ("never", "test"):
             steer = VAR(dims=(5, 11), tau=0.5, min_mass=0.0, rho=0.0, generated=generated)
             with apply(model, steer):
-                out = model.generate(**request, max_new_tokens=8, **PLAIN, output_logits=True, return_dict_in_generate=True)
+                out = model.generate(
+                    **request, max_new_tokens=8, **PLAIN, output_logits=True, return_dict_in_generate=True
+                )
             sequences[generated] = torch.stack(out.logits, 1)
     same = sequences["never"] == sequences["test"]
     assert bool(same[:, :1].all()) and not bool(same.all())
@@ -285,8 +297,12 @@ def test_beams_share_their_prompts_sinks() -> None:
     model, request = build("llava"), prompt("llava")
     steer = VAR(dims=(5, 11), tau=1.5, min_mass=0.0, rho=0.1)
     with torch.no_grad(), apply(model, steer) as handle:
-        found = model.generate(**request, max_new_tokens=4, **PLAIN, num_beams=3, output_scores=True, return_dict_in_generate=True)
-        score = torch.log_softmax(model(input_ids=found.sequences[:, :-1], pixel_values=request["pixel_values"]).logits[:, -4:], -1)
+        found = model.generate(
+            **request, max_new_tokens=4, **PLAIN, num_beams=3, output_scores=True, return_dict_in_generate=True
+        )
+        score = torch.log_softmax(
+            model(input_ids=found.sequences[:, :-1], pixel_values=request["pixel_values"]).logits[:, -4:], -1
+        )
         assert report(handle)[0]["changed"] > 0
     total = score.gather(-1, found.sequences[:, -4:, None]).sum()
     assert torch.allclose(found.sequences_scores[0].double(), total / 4, atol=1e-6)
@@ -312,7 +328,10 @@ def test_excluded_tokens_and_the_codes_rules() -> None:
         assert report(handle)[0]["changed"] == 0
     text_only = sinks & (request["input_ids"][0] != IMAGE)
     for needs, changes in ((False, True), (True, False)):
-        with torch.no_grad(), apply(model, VAR(sinks=text_only, min_mass=0.0, rho=0.0, needs_image_sink=needs)) as handle:
+        with (
+            torch.no_grad(),
+            apply(model, VAR(sinks=text_only, min_mass=0.0, rho=0.0, needs_image_sink=needs)) as handle,
+        ):
             model(**request)
             assert (report(handle)[0]["changed"] > 0) == changes
 
@@ -327,7 +346,10 @@ def test_combines_with_a_sparse_policy() -> None:
     got = steered(sparse, alpha, var(rho=0.1).step(image, sink, rows))
     assert torch.allclose(got, loops(alpha, image, sink, rows, 0.1, 0.6, 0.2), atol=1e-12)
     model, request = build("llava"), prompt("llava")
-    with torch.no_grad(), apply(model, VAR(sinks=SINKS, min_mass=0.0, rho=0.05), SlidingWindow(window=4, sinks=1)) as handle:
+    with (
+        torch.no_grad(),
+        apply(model, VAR(sinks=SINKS, min_mass=0.0, rho=0.05), SlidingWindow(window=4, sinks=1)) as handle,
+    ):
         model(**request)
     assert report(handle)[0]["changed"] > 0
 
@@ -340,7 +362,12 @@ def context_of(call: AttentionCall) -> Any:
 
 def test_sink_dims_are_found_where_they_are_and_nowhere_else() -> None:
     config = hf.LlamaConfig(
-        vocab_size=61, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+        vocab_size=61,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
     )
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(config).eval()
@@ -356,7 +383,9 @@ def test_sink_dims_are_found_where_they_are_and_nowhere_else() -> None:
 
 
 def test_bad_input() -> None:
-    text = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48))
+    text = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    )
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no image tokens.*Visual interventions need"):
         apply(text, VAR(dims=(3,)))
     assert text.config._attn_implementation != "foveal", "a refused intervention leaves the model as it was"
@@ -364,7 +393,7 @@ def test_bad_input() -> None:
         VAR()
     with pytest.raises(ConfigError, match=r"Did you mean 'llava-1.5-7b'"):
         VAR(profile="llava-1.5-7")
-    with pytest.raises(ConfigError, match="transfer is 1.5"):
+    with pytest.raises(ConfigError, match=r"transfer is 1\.5"):
         VAR(dims=(1,), transfer=1.5)
     model = build("llava")
     with pytest.raises(ConfigError, match="sink dimension 1415 does not exist"):

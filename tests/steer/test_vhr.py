@@ -23,7 +23,9 @@ from tests.steer.models import FAMILIES, IMAGE, PLAIN, build, left_padded, promp
 LLAMA_LIKE = ["idefics3", "llava", "smolvlm"]
 
 
-def head_inputs(model: Any, inputs: dict[str, Any], scale: dict[int, Tensor] | None = None, alpha: float = 1.0) -> dict[int, Tensor]:
+def head_inputs(
+    model: Any, inputs: dict[str, Any], scale: dict[int, Tensor] | None = None, alpha: float = 1.0
+) -> dict[int, Tensor]:
     """The inputs of every output projection ``(B, N, H, D)``, by plain hooks; ``scale`` multiplies heads there."""
     text = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
     seen: dict[int, Tensor] = {}
@@ -56,7 +58,9 @@ def test_vhd_equals_two_plain_forwards(family: str) -> None:
     text = ids[:, (ids[0] < 57).nonzero()[:, 0]]
     with_image = head_inputs(model, request)
     without = head_inputs(model, {"input_ids": text})
-    wanted = torch.stack([(with_image[i][:, -3:] - without[i][:, -3:]).norm(dim=-1).transpose(1, 2) for i in range(4)], 1)
+    wanted = torch.stack(
+        [(with_image[i][:, -3:] - without[i][:, -3:]).norm(dim=-1).transpose(1, 2) for i in range(4)], 1
+    )
     got = vhd(model, request, count=3)
     assert got.shape == (1, 4, 4, 3)
     assert torch.allclose(got, wanted, atol=1e-9)
@@ -132,7 +136,9 @@ def oracle(model: Any, request: dict[str, Any], layers: list[int], alpha: float,
                 whole["pixel_values"] = request["pixel_values"]
             text = whole["input_ids"][:, whole["input_ids"][0] < 57]
             image = head_inputs(model, whole, own, alpha)[layer][:, -1]
-            plain = head_inputs(model, {"input_ids": text}, own if what.reinforce_reference else None, alpha)[layer][:, -1]
+            plain = head_inputs(model, {"input_ids": text}, own if what.reinforce_reference else None, alpha)[layer][
+                :, -1
+            ]
             rows.append(what.choose(image, plain))
         chosen[layer] = torch.cat(rows)
     return chosen
@@ -245,7 +251,9 @@ def test_both_streams_end_with_the_same_tokens() -> None:
 
 
 def test_bad_input() -> None:
-    text = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48))
+    text = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    )
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM has no image tokens"):
         apply(text, VHR())
     with pytest.raises(UnsupportedError, match="has no image tokens"):
