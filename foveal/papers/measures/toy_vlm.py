@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def some(member: Tensor, count: int, g: Generator) -> Tensor:
 def mentions(text: str) -> list[str]:
     """``colour shape`` pairs that a caption names, in order."""
     words = text.split()
-    return [f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a in COLOURS and b in SHAPES]
+    return [f"{a} {b}" for a, b in itertools.pairwise(words) if a in COLOURS and b in SHAPES]
 
 
 def replaced(s: Scene, things: Sequence[Thing]) -> Scene:

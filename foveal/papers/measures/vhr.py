@@ -90,7 +90,8 @@ def captions(model: VLM, reader: Reader, scenes: Sequence[Scene], alpha: float) 
     """Greedy captions as token ids, each ending with the end token where there is one."""
     inputs = toy.requests(reader, [(s, toy.DESCRIBE) for s in scenes])
     with apply(model, VHR(alpha=alpha)):
-        out = model.generate(**inputs, max_new_tokens=28, do_sample=False)
+        whole: Any = model
+        out: Tensor = whole.generate(**inputs, max_new_tokens=28, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]
     ended = (new == toy.WORDS.EOS).long().argmax(1)
     return [row[: int(e) + 1] if int((row == toy.WORDS.EOS).sum()) else row for row, e in zip(new, ended, strict=True)]
