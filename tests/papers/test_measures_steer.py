@@ -9,7 +9,7 @@ import torch
 
 from foveal.core.cache import cache_dir
 from foveal.data.scenes import Scene, Thing
-from foveal.papers.measures import carve, toy_vlm, var, vhr
+from foveal.papers.measures import carve, small_vlm, toy_vlm, var, vhr
 
 pytest.importorskip("scipy", reason="needs the package scipy")
 
@@ -92,3 +92,32 @@ def test_background_tokens_show_background() -> None:
     assert plain.shape == (36,) and plain.view(6, 6)[:2, :2].sum() == 0 and plain.sum() == 32
     chosen = toy_vlm.some(plain[None], 3, torch.Generator().manual_seed(0))
     assert chosen.sum() == 3 and bool(plain[chosen[0]].all())
+
+
+def test_the_small_models_measures_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny untrained model in its place: before and after are counted on the same questions."""
+    from foveal.models.vlm import Words, tiny_vlm
+    from foveal.recipes.vlm import scene_examples
+
+    _, examples = scene_examples(60, 0)
+    texts = [t for e in examples for q in e.asked for t in (q.text, q.answer)]
+    model, reader = tiny_vlm(Words([w for t in texts for w in t.split()]), side=24, dim=24, layers=6, heads=2)
+    model.eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[Words.BOS, 5] = 40.0
+    monkeypatch.setattr(small_vlm, "PIXELS", 48)
+    monkeypatch.setattr(small_vlm, "model_and_reader", lambda: (model, reader))
+    steered = small_vlm.measure_var(count=3, out=tmp_path)["measured"]
+    assert (
+        steered["sink_dims"][0] == 5 and set(steered["before"]) == set(steered["after"]) and steered["questions"] >= 2
+    )
+    assert set(small_vlm.measure_vhr(count=3, out=tmp_path)["measured"]["by_alpha"]) == {"1", "2", "3"}
+    assert set(small_vlm.measure_carve(count=3, out=tmp_path)["measured"]["accuracy"]) == {
+        "base",
+        "contrast",
+        "raw",
+        "oracle",
+    }
+    assert small_vlm.verdict_of([False] * 9, [True] * 9)[0] == "reproduced"
+    assert small_vlm.verdict_of([False, True], [True, True])[0] == "direction holds"
+    assert small_vlm.verdict_of([True], [True])[0] == "not reproduced"

@@ -70,7 +70,7 @@ def test_questions_do_not_see_each_other_and_rows_may_differ_in_length() -> None
         packed_loss(model, packed(reader, [asked], [2]), features[i : i + 1])
         for i, asked in enumerate((ASKED, ASKED[:1]))
     ]
-    assert float(both) == pytest.approx((4 * float(parts[0]) + 2 * float(parts[1])) / 6, abs=1e-5)
+    assert both.item() == pytest.approx((4 * parts[0].item() + 2 * parts[1].item()) / 6, abs=1e-5)
     head, first = 1 + reader.tokens, 1 + reader.tokens + 6 + 2
     assert not bool(batch["mask"][0, 0, first:, head:first].any()) and bool(batch["mask"][0, 0, first:, :head].all())
     assert int(batch["positions"][0, first]) == head, "each question counts from the picture"
