@@ -126,16 +126,22 @@ def render(of: Scene, side: int = 48) -> NDArray[np.uint8]:
     fine = 2 * side
     out = np.empty((fine, fine, 3), dtype=np.float32)
     out[:] = BACKGROUND
-    y, x = (np.mgrid[:fine, :fine] + 0.5) / fine
+    at = (np.arange(fine) + 0.5) / fine
+
+    def part(low: float, high: float) -> slice:  # the samples between two shares of the side
+        return slice(int(np.searchsorted(at, low)), int(np.searchsorted(at, high)))
+
     for x0, y0, x1, y1, grey in of.clutter:
+        rows, columns = part(min(y0, y1) - 0.01, max(y0, y1) + 0.01), part(min(x0, x1) - 0.01, max(x0, x1) + 0.01)
+        y, x = at[rows, None], at[None, columns]
         length = max((x1 - x0) ** 2 + (y1 - y0) ** 2, 1e-9)
         along = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length, 0, 1)
-        near = np.hypot(x - x0 - along * (x1 - x0), y - y0 - along * (y1 - y0)) < 0.008
-        out[near] = grey
+        out[rows, columns][np.hypot(x - x0 - along * (x1 - x0), y - y0 - along * (y1 - y0)) < 0.008] = grey
     for t in of.things:
-        u = (x * GRID - t.column - 0.5 - t.shift[0]) * 2 / t.size
-        v = (y * GRID - t.row - 0.5 - t.shift[1]) * 2 / t.size
-        out[_inside(t.shape, u, v)] = COLOURS[t.colour]
+        rows, columns = part(t.row / GRID, (t.row + 1) / GRID), part(t.column / GRID, (t.column + 1) / GRID)
+        u = (at[None, columns] * GRID - t.column - 0.5 - t.shift[0]) * 2 / t.size
+        v = (at[rows, None] * GRID - t.row - 0.5 - t.shift[1]) * 2 / t.size
+        out[rows, columns][_inside(t.shape, u, v)] = COLOURS[t.colour]
     picture = out.reshape(side, 2, side, 2, 3).mean((1, 3)).round().astype(np.uint8)
     return picture if of.word is None else _print(picture, *of.word)
 
