@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
 from foveal.data import scenes
+from foveal.hf import AttentionEvent
 from foveal.hf.picture_tokens import painted, token_grid, visible_part
+from foveal.kernels.call import AttentionCall
 from foveal.models.vlm import Words, tiny_vlm
 from foveal.steer import carve
 from foveal.steer.carve import score_map
 from foveal.steer.contrast import best_lambda, contrast, default_layers, fuse, map_entropy, saved, shares
-from foveal.steer.maps import capture
+from foveal.steer.maps import capture, last_row
 from foveal.steer.picture import (
     bounding_box,
     colour_complexity,
@@ -29,6 +31,7 @@ from foveal.steer.picture import (
     top_pixels,
 )
 from tests.steer.models import FAMILIES, IMAGE, build, prompt
+from tests.support import Host, context, tensors
 
 pytest.importorskip("scipy", reason="needs the package scipy")
 
@@ -256,6 +259,21 @@ def test_last_row_capture_equals_output_attentions(family: str) -> None:
             assert torch.allclose(got.maps[t, i], wanted.float(), atol=1e-5)
     first = capture(model, request, [1, 2], generate=False)
     assert first.layer_passes == 3 and torch.allclose(first.maps[0, 0], got.maps[0, 0], atol=1e-5)
+
+
+def test_last_row_leaves_out_what_the_row_may_not_see() -> None:
+    """Padding, a window, a softcap and a learned sink, against the softmax written out."""
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    for host in (Host(7, 7, pads=((3, 0), (0, 0))), Host(9, 9, window=4), Host(1, 8)):
+        q, k, v = tensors(host)
+        call = AttentionCall(q, k, v, None, host.base(), 0.7, softcap=2.0)
+        logits = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * 0.7 / 2.0)
+        weights = logits.exp() * torch.from_numpy(host.dense())[:, None]
+        for sink in (None, sinks):
+            total = weights.sum(-1) + (0 if sink is None else sink.exp()[None, :, None])
+            wanted = (weights / total[..., None])[:, :, -1].mean(1)
+            event = AttentionEvent(0, "", "self", call, sink, context(host), None, v)
+            assert torch.allclose(last_row(event), wanted.float(), atol=1e-6)
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
