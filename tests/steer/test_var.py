@@ -16,11 +16,13 @@ from torch import Tensor
 from foveal.core.errors import ConfigError, UnsupportedError
 from foveal.hf.interventions import reweighed
 from foveal.kernels.call import AttentionCall
+from foveal.kernels.dispatch import compute
 from foveal.patterns import SlidingWindow
 from foveal.steer import VAR, apply, find_sink_dims
 from foveal.steer.apply import report
 from foveal.steer.keys import Knockout
 from foveal.steer.sinks import SINK_DIMS, sink_values
+from foveal.steer.var import redistribute
 from tests.steer.models import FAMILIES, IMAGE, PLAIN, build, left_padded, prompt
 from tests.support import Host, tensors
 
@@ -191,6 +193,29 @@ def test_phi_does_not_know_the_scale_and_is_at_most_root_d(seed: int, factor: fl
     mixed = x.clone()
     mixed[:, others] = x[:, list(reversed(others))]
     assert torch.allclose(sink_values(mixed, (3, 7)), phi)
+
+
+def test_gradients_equal_those_of_the_dense_form() -> None:
+    """Which rows are selected is constant; everything else is differentiable."""
+    host = Host(10, 10)
+    q, k, v = (t.requires_grad_() for t in tensors(host, seed=4))
+    g = torch.Generator().manual_seed(4)
+    image, sink = (torch.rand(1, 10, generator=g) < share for share in (0.6, 0.35))
+    step = var(rho=0.2).step(image, sink, ~image)
+    call = AttentionCall(q, k, v, None, host.base(), 0.9)
+    got = reweighed(call, [step], None, "gather", compute(call, "gather")[0])
+    keys, values = (t.repeat_interleave(2, 1) for t in (k, v))
+    alpha = torch.softmax((q @ keys.mT * 0.9).masked_fill(~torch.from_numpy(host.dense()), -torch.inf), -1)
+    mass = torch.stack([(alpha * (step.groups == n)[:, None, None]).sum(-1) for n in range(4)])
+    factors = torch.where(~image[:, None], redistribute(mass, rho=0.2, transfer=0.6, min_mass=0.2)[0], 1.0)
+    scaled = alpha * torch.stack([factors[int(n)] for n in step.groups[0]], -1)
+    wanted = scaled @ values
+    assert torch.allclose(got, wanted, atol=1e-12) and not torch.allclose(got, alpha @ values)
+    weight = torch.randn(got.shape, generator=g, dtype=torch.float64)
+    for mine, theirs in zip(
+        *(torch.autograd.grad((o * weight).sum(), (q, k, v), retain_graph=True) for o in (got, wanted)), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-10)
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
