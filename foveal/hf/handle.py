@@ -146,7 +146,9 @@ class Handle:
         live = self.live
         if live.depth == 0:
             if self.acts and any(m in self.sites for m in module.modules()):  # not a vision tower that runs alone
-                for act in self.acts:  # may run forwards of their own
+                for act in self.acts:
+                    act.prepare(module, args, kwargs)
+                for act in self.acts:
                     act.begin(module, args, kwargs)
             live.forward = Forward(checkpointed=recompute.checkpoints_layers(self.model))
             live.surroundings.clear()

@@ -59,6 +59,9 @@ class Reweigh:
 class Act:
     """A running intervention; does nothing unless a method is overridden. Its record goes into :meth:`report`."""
 
+    def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward begins: the place to run forwards of one's own, in which all acts take part."""
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the model begins; ``module`` is the outermost transformers model that runs."""
 

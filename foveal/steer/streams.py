@@ -55,7 +55,9 @@ def whole_prompt(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         )
     mask = torch.ones_like(ids) if mask is None else mask
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnsupportedError("taking the image out of a prompt needs a 2-D attention_mask (B, N), or none.")
+        raise UnsupportedError(
+            "taking the image out of a prompt needs a 2-D attention_mask (B, N), or none; static caches bring a 4-D one, so use the default cache."
+        )
     if not bool(mask[:, -1].all()):
         raise ShapeError("a prompt is padded on the right; its last position must be a token. Use padding_side='left'.")
     return ids, mask

@@ -7,6 +7,7 @@ at least the share ``rho`` is not on sinks, and not in the last layer.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -119,6 +120,13 @@ def redistribute(
     return torch.where(selected, factors, 1.0), selected
 
 
+class _Now(threading.local):
+    """Flags of the forward that runs in this thread: ``"image"`` and, by layer, sinks, over its new tokens."""
+
+    def __init__(self) -> None:
+        self.flags: dict[Any, Tensor] = {}
+
+
 class _Redistributing(Act):
     """Flags per request: which tokens are image tokens, and which are sinks in which layer."""
 
@@ -128,7 +136,7 @@ class _Redistributing(Act):
         layers = range(handle.num_layers - 1) if what.layers is None else what.layers
         self.layers = {int(layer) for layer in layers}
         self.requests: weakref.WeakKeyDictionary[Any, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
-        self.new: dict[Any, Tensor] = {}
+        self.now = _Now()
         self.rows: dict[int, list[int]] = {}
         self.hooks: list[Any] = []
         if self.dims:
@@ -150,18 +158,18 @@ class _Redistributing(Act):
         self.hooks.clear()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.new = {"image": visual_mask(self.tokens, forward_inputs(module, args, kwargs), module)}
+        self.now.flags = {"image": visual_mask(self.tokens, forward_inputs(module, args, kwargs), module)}
 
     def _reader(self, layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             phi = sink_values(block_input(args, kwargs).detach(), self.dims)
-            self.new[layer] = phi > self.limit if self.what.strict else phi >= self.limit
+            self.now.flags[layer] = phi > self.limit if self.what.strict else phi >= self.limit
 
         return hook
 
     def _flags(self, name: Any, moment: Moment) -> Tensor:
         """``(B, Nk)`` flags of one kind over the keys: those of earlier calls of the request, then those of this one."""
-        new, offset = self.new[name], moment.ctx.q_offset
+        new, offset = self.now.flags[name], moment.ctx.q_offset
         if moment.ctx.decoding and offset > 0 and not (name != "image" and self.what.generated == "test"):
             new = torch.zeros_like(new)
         if offset > 0:

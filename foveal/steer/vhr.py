@@ -6,6 +6,7 @@ last position and reinforced at once, so that later layers see reinforced states
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,31 +71,39 @@ class VHR:
         return upper_half(without_outliers(values, text) if self.outlier else values)
 
 
+class _Now(threading.local):
+    """What goes on in this thread: heads of the request that runs, by layer; and while they are being chosen, which stream runs,
+    up to which layer, and its head outputs there."""
+
+    def __init__(self) -> None:
+        self.chosen: dict[int, Tensor] = {}
+        self.mode = ""
+        self.until = 0
+        self.record: dict[str, Tensor] = {}
+
+
 class _Reinforcing(Act):
-    """``chosen`` belongs to the forward that runs; what a cache's request chose is kept with the cache."""
+    """What the request of a cache chose is kept with the cache."""
 
     def __init__(self, what: VHR, handle: Handle, tokens: ImageTokens) -> None:
         self.what, self.handle, self.tokens = what, handle, tokens
         self.layers = sorted(default_layers(handle.num_layers) if what.layers is None else what.layers)
         self.requests: weakref.WeakKeyDictionary[Any, dict[int, Tensor]] = weakref.WeakKeyDictionary()
-        self.chosen: dict[int, Tensor] = {}
-        self.mode = ""
-        self.record: dict[str, Tensor] = {}
-        self.until = 0
+        self.now = _Now()
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.mode:
+    def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.now.mode:
             return
         inputs = forward_inputs(module, args, kwargs)
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             return
         if self.what.fixed_heads is not None:
-            self.chosen = {k: v for k, v in self.what.fixed_heads.items() if k in self.layers}
+            self.now.chosen = {k: v for k, v in self.what.fixed_heads.items() if k in self.layers}
             return
         ids, _ = whole_prompt(inputs)
         require_images(self.tokens.mask(ids))
-        self.chosen = {}
+        self.now.chosen = {}
         image = image_stream(module, inputs)
         text = text_stream(module, inputs, self.tokens, keep_positions=self.what.keep_positions)
         with torch.no_grad(), kept_deltas(module):
@@ -102,37 +111,37 @@ class _Reinforcing(Act):
                 self._run(module, "both", lock_step(module, image, text))
             else:
                 for layer in self.layers:
-                    self.until = layer
+                    self.now.until = layer
                     for mode, stream in (("image", image), ("text", text)):
                         with kept_deltas(module):
                             self._run(module, mode, stream)
-                    self.chosen[layer] = self.what.choose(self.record["image"], self.record["text"])
+                    self.now.chosen[layer] = self.what.choose(self.now.record["image"], self.now.record["text"])
 
     def _run(self, module: nn.Module, mode: str, stream: dict[str, Any]) -> None:
-        self.mode = mode
+        self.now.mode = mode
         try:
             module(**stream)
         except Enough:
             pass
         finally:
-            self.mode = ""
+            self.now.mode = ""
 
     def rewrite(self, moment: Moment, out: Tensor) -> Tensor:
         layer = moment.ctx.layer_index
         if layer not in self.layers:
             return out
-        if self.mode == "both":
+        if self.now.mode == "both":
             half = out.shape[0] // 2
             image, text = out[:half], out[half:]
-            self.chosen[layer] = heads = self.what.choose(image[:, :, -1], text[:, :, -1])
+            self.now.chosen[layer] = heads = self.what.choose(image[:, :, -1], text[:, :, -1])
             return torch.cat([self._scale(image, heads), self._reference(text, heads)])
-        if self.mode:
-            if layer == self.until:
-                self.record[self.mode] = out[:, :, -1].detach()
+        if self.now.mode:
+            if layer == self.now.until:
+                self.now.record[self.now.mode] = out[:, :, -1].detach()
                 raise Enough
-            heads = self.chosen[layer]
-            return self._scale(out, heads) if self.mode == "image" else self._reference(out, heads)
-        chosen = self.chosen
+            heads = self.now.chosen[layer]
+            return self._scale(out, heads) if self.now.mode == "image" else self._reference(out, heads)
+        chosen = self.now.chosen
         if moment.ctx.q_offset > 0:
             chosen = self.requests.get(moment.cache, {}) if moment.cache is not None else {}
             if not chosen:
@@ -141,7 +150,7 @@ class _Reinforcing(Act):
                     "chosen; run the prompt inside `with foveal.steer.apply(...)` too."
                 )
         elif moment.cache is not None:
-            self.requests[moment.cache] = dict(self.chosen)
+            self.requests[moment.cache] = dict(self.now.chosen)
         return self._scale(out, chosen[layer]) if layer in chosen else out
 
     def _reference(self, out: Tensor, heads: Tensor) -> Tensor:
@@ -160,6 +169,6 @@ class _Reinforcing(Act):
         """``heads``: per layer and row of the batch, the heads of the last request."""
         heads = {
             str(layer): [row.nonzero()[:, 0].tolist() for row in (h if h.dim() == 2 else h[None])]
-            for layer, h in self.chosen.items()
+            for layer, h in self.now.chosen.items()
         }
         return {"intervention": "VHR", "alpha": self.what.alpha, "heads": heads}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
 
 from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
-from foveal.steer import VAR, HeadScale, Knockout, apply
+from foveal.steer import VAR, VHR, HeadScale, Knockout, apply
 from foveal.steer.apply import report
 from tests.hf.models import FAMILIES as TEXT
 from tests.steer.models import PLAIN, build, prompt
@@ -109,6 +112,41 @@ def test_two_reweighings_act_on_each_others_result() -> None:
         with apply(model, [VAR(sinks=sinks, min_mass=0.0, rho=0.0), Knockout(sinks)]) as handle:
             model(**request)
         assert report(handle)[0]["changed"] > 0
+
+
+def test_var_and_vhr_together_choose_under_var() -> None:
+    """The heads are those that VHR chooses when VAR is on in both of its streams; in either order."""
+    model, request = build("llava"), prompt("llava")
+    var, vhr = VAR(dims=(5, 11), tau=1.5, min_mass=0.0, rho=0.1), VHR(alpha=1.5)
+    with torch.no_grad():
+        found = []
+        for steer in ([var, vhr], [vhr, var]):
+            with apply(model, steer) as handle:
+                found.append((model(**request).logits, [r for r in report(handle) if r["intervention"] == "VHR"]))
+        with apply(model, [var, VHR(alpha=1.5, lock_step=False)]):
+            wanted = model(**request).logits
+        with apply(model, vhr):
+            assert not torch.allclose(model(**request).logits, wanted, atol=1e-3)
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert torch.allclose(found[0][0], wanted, atol=1e-9)
+
+
+def test_threads_do_not_mix_their_requests() -> None:
+    model = build("llava")
+    requests = [prompt("llava", seed, before=seed % 3 + 1, after=4) for seed in range(6)]
+    steer = [VAR(dims=(5, 11), tau=1.5, min_mass=0.0, rho=0.1), VHR(alpha=1.5)]
+
+    def run(request: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            return model.generate(
+                **request, max_new_tokens=3, **PLAIN, output_logits=True, return_dict_in_generate=True
+            ).logits[-1]
+
+    with apply(model, steer):
+        alone = [run(r) for r in requests]
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(run, requests))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_nested_blocks_and_errors_give_the_model_back() -> None:

@@ -186,7 +186,7 @@ def test_cached_decode_equals_full_recompute_with_the_same_heads(family: str) ->
     with torch.no_grad():
         with apply(model, VHR(alpha=1.5)) as handle:
             out = model.generate(**request, max_new_tokens=5, **PLAIN, output_logits=True, return_dict_in_generate=True)
-            heads = handle.acts[0].chosen
+            heads = handle.acts[0].now.chosen
         new = out.sequences.shape[1] - request["input_ids"].shape[1]
         whole = extended(request, out.sequences[:, -new:-1])
         whole.pop("attention_mask")
@@ -271,7 +271,7 @@ def test_bad_input() -> None:
             model(**request, attention_mask=right)
         with apply(model, VHR()) as handle, pytest.raises(UnsupportedError, match="needs its input_ids"):
             model(inputs_embeds=torch.zeros(1, 3, 32).double())
-        assert handle.acts[0].mode == ""
+        assert handle.acts[0].now.mode == ""
     with pytest.raises(ConfigError, match="alpha is -1"):
         apply(model, VHR(alpha=-1))
     with pytest.raises(ConfigError, match="metric is 'l1'"):
