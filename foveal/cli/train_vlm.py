@@ -48,10 +48,11 @@ def vlm(
     model, reader = small_vlm(seed=seed, progress=note)
     with bar() as report:
         shown = lambda stage, done, of, loss: report(f"{stage}, loss {loss:.3f}" if loss else stage, done, of)  # noqa: E731
-        record = train_vlm(model, reader, options, folder, progress=shown)
+        record = train_vlm(model, reader, options, folder, progress=shown) | {"rank": RANK, "made": provenance()}
+        save_adapter(model, out, record)
         if score:
             record["scored"] = score_vlm(model, reader, count=score, seed=seed, progress=shown)
-    save_adapter(model, out, record | {"rank": RANK, "made": provenance()})
+            save_adapter(model, out, record)
     console = output()
     console.print(f"loss {record['first_loss']} → {record['last_loss']}", markup=False)
     for name, value in record.get("scored", {}).items():

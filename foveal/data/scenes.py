@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +146,28 @@ def render(of: Scene, side: int = 48) -> NDArray[np.uint8]:
         out[rows, columns][_inside(t.shape, u, v)] = COLOURS[t.colour]
     picture = out.reshape(side, 2, side, 2, 3).mean((1, 3)).round().astype(np.uint8)
     return picture if of.word is None else _print(picture, *of.word)
+
+
+def mentions(text: str) -> list[str]:
+    """``colour shape`` pairs that a description names, in order."""
+    words = text.replace(",", " ").split()
+    return [f"{a} {b}" for a, b in itertools.pairwise(words) if a in COLOURS and b in SHAPES]
+
+
+def hallucinated(said: Sequence[tuple[str, Scene]]) -> dict[str, float]:
+    """Descriptions against their scenes.
+
+    Returns:
+        ``chair_s``, the share of descriptions that name something that is not there; ``chair_i``, the share of such mentions;
+        ``recall``, the share of what is drawn that is named.
+    """
+    wrong = sentences = named = found = drawn = 0
+    for text, s in said:
+        mine, there = mentions(text), {t.name for t in s.things}
+        bad = sum(m not in there for m in mine)
+        wrong, sentences, named = wrong + bad, sentences + (bad > 0), named + len(mine)
+        found, drawn = found + len(there & set(mine)), drawn + len(there)
+    return {"chair_s": sentences / len(said), "chair_i": wrong / max(named, 1), "recall": found / drawn}
 
 
 def cell_mask(cells: tuple[tuple[int, int], ...], side: int) -> NDArray[np.bool_]:

@@ -7,7 +7,6 @@ from the picture, so training is exactly that of single questions at a fraction 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from ..core.errors import ConfigError, DataError
-from ..data.scenes import COLOURS, SHAPES, Question, questions, render, scene
+from ..data.scenes import Question, hallucinated, questions, render, scene
 from ..models.vlm import VLM, Reader
 from .fit import fit
 
@@ -258,24 +257,7 @@ def score_vlm(
     return {
         "accuracy": {k: round(sum(v) / len(v), 4) for k, v in sorted(by.items())},
         "questions": len(by["all"]),
-    } | hallucinated(said)
-
-
-def hallucinated(said: Sequence[tuple[str, Any]]) -> dict[str, float]:
-    """CHAIR_S, CHAIR_I and recall of descriptions of scenes."""
-    wrong = sentences = named = found = drawn = 0
-    for text, s in said:
-        words = text.replace(",", " ").split()
-        mine = [f"{a} {b}" for a, b in itertools.pairwise(words) if a in COLOURS and b in SHAPES]
-        there = {t.name for t in s.things}
-        bad = sum(m not in there for m in mine)
-        wrong, sentences, named = wrong + bad, sentences + (bad > 0), named + len(mine)
-        found, drawn = found + len(there & set(mine)), drawn + len(there)
-    return {
-        "chair_s": round(sentences / len(said), 4),
-        "chair_i": round(wrong / max(named, 1), 4),
-        "recall": round(found / drawn, 4),
-    }
+    } | {k: round(v, 4) for k, v in hallucinated(said).items()}
 
 
 def _some(asked: Sequence[Question], count: int, g: Generator) -> list[Question]:

@@ -55,6 +55,13 @@ def apply(
             f"interventions holds {kinds.count(name)} × {name}; the second would choose from what the first has changed. "
             f"Give one {name} with the settings that you want."
         )
+    if any(getattr(one, "takes_the_image_away", False) for one in chosen):
+        for one in chosen:
+            if getattr(one, "names_positions", False):
+                raise ConfigError(
+                    f"{type(one).__name__} names positions of the prompt, and VHR also runs the prompt without its image, where they are other "
+                    "tokens. Choose heads first and give them to both: VHR(fixed_heads=...)."
+                )
     return attach(model, Dense() if policy is None else policy, impl=impl, interventions=chosen)
 
 

@@ -46,6 +46,8 @@ class Knockout:
         if self.factor < 0:
             raise ConfigError(f"factor is {self.factor}; expected 0 or more.")
 
+    names_positions = True
+
     def on(self, handle: Handle) -> Act:
         """Check the layers, and start."""
         check_layers(self.layers, handle)

@@ -32,6 +32,8 @@ class PlantedSinks:
     share: float
     min_mass: float = 0.2
 
+    names_positions = True
+
     def on(self, handle: Handle) -> Act:
         """Find the image tokens, and start."""
         if not 0 <= self.share <= 1:

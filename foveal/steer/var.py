@@ -78,6 +78,11 @@ class VAR:
         if self.generated not in ("never", "test"):
             raise ConfigError(f"generated is {self.generated!r}; expected 'never' or 'test'.")
 
+    @property
+    def names_positions(self) -> bool:
+        """Whether tokens are given by position."""
+        return self.sinks is not None or self.exclude is not None
+
     def on(self, handle: Handle) -> Act:
         """Find image tokens, blocks and sink dimensions, and start."""
         check_layers(self.layers, handle)

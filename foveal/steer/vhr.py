@@ -65,6 +65,11 @@ class VHR:
             raise ConfigError(f"alpha is {self.alpha}; expected 0 or more.")
         return _Reinforcing(self, handle, image_tokens(handle.model, self.processor, self.wrappers))
 
+    @property
+    def takes_the_image_away(self) -> bool:
+        """Whether a stream without the image will run."""
+        return self.fixed_heads is None
+
     def choose(self, image: Tensor, text: Tensor) -> Tensor:
         """``(B, H)`` bool from head outputs ``(B, H, Dv)`` of both streams at the last position."""
         values = divergence(image, text, self.metric)

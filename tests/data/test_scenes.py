@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal.core.errors import ConfigError
-from foveal.data.scenes import BACKGROUND, COLOURS, NUMBERS, Scene, Thing, cell_mask, questions, render, scene
+from foveal.data.scenes import (
+    BACKGROUND,
+    COLOURS,
+    NUMBERS,
+    Scene,
+    Thing,
+    cell_mask,
+    hallucinated,
+    mentions,
+    questions,
+    render,
+    scene,
+)
 
 
 def made(seed: int, things: int = 4, **options: object) -> Scene:
@@ -63,6 +75,13 @@ def test_printed_words() -> None:
     assert dark[inside].sum() > 30 and (black or not dark[~inside].any())
     asked = [q for q in questions(s, torch.Generator().manual_seed(0)) if q.kind == "word"]
     assert [q.answer for q in asked] == [s.word[0]]
+
+
+def test_hallucinated_things_are_counted() -> None:
+    s = Scene((Thing("cross", "green", 0, 0), Thing("circle", "red", 1, 1)))
+    assert mentions("a green cross, a blue square and a red") == ["green cross", "blue square"]
+    found = hallucinated([("a green cross , a blue square", s), ("a red circle", s)])
+    assert found == {"chair_s": 0.5, "chair_i": 1 / 3, "recall": 0.5}
 
 
 def test_captions_and_bad_input() -> None:

@@ -169,6 +169,13 @@ def test_bad_input() -> None:
         from foveal.steer import carve
 
         apply(model, carve)
+    llava, sinks = build("llava"), torch.zeros(5, dtype=torch.bool)
+    for named in (Knockout(sinks), VAR(sinks=sinks)):
+        with pytest.raises(
+            ConfigError, match="names positions of the prompt, and VHR also runs the prompt without its image"
+        ):
+            apply(llava, [VHR(), named])
+        apply(llava, [VHR(fixed_heads={}), named]).detach()
     with pytest.raises(ConfigError, match="expected a mapping"):
         HeadScale([1])
     with pytest.raises(ConfigError, match="layer 7; LlamaForCausalLM has layers 0 to 2"):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...data.scenes import BACKGROUND, Question, Scene, cell_mask, render
+from ...data.scenes import BACKGROUND, Question, Scene, cell_mask, hallucinated, render
 from ...models.small_vlm import load_small_vlm
 from ...models.vlm import VLM, Reader
-from ...recipes.vlm import DESCRIBE, PIXELS, answers, hallucinated, scene_examples
+from ...recipes.vlm import DESCRIBE, PIXELS, answers, scene_examples
 from ...steer import VAR, VHR, apply, carve, find_sink_dims
 from ...steer.apply import report
 from ...steer.picture import refined_picture
@@ -101,7 +101,8 @@ def measure_vhr(seed: int = 0, count: int = COUNT, out: Path | None = None) -> d
     for alpha in (1.0, 2.0, 3.0):
         with apply(model, VHR(alpha=alpha)):
             said = answers(model, reader, pictures, [DESCRIBE] * len(scenes), max_new_tokens=48)
-        table[f"{alpha:g}"] = hallucinated(list(zip(said, scenes, strict=True)))
+        found = hallucinated(list(zip(said, scenes, strict=True)))
+        table[f"{alpha:g}"] = {k: round(v, 4) for k, v in found.items()}
         wrong[alpha] = np.array([hallucinated([(a, s)])["chair_s"] for a, s in zip(said, scenes, strict=True)])
     rng = np.random.default_rng(seed)
     change = wrong[2.0] - wrong[1.0]

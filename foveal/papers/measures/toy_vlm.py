@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,12 +116,6 @@ def some(member: Tensor, count: int, g: Generator) -> Tensor:
     score = torch.rand(member.shape, generator=g).masked_fill(~member, -1.0)
     out = torch.zeros_like(member).scatter(1, score.topk(count, dim=1).indices, True)
     return out & member
-
-
-def mentions(text: str) -> list[str]:
-    """``colour shape`` pairs that a caption names, in order."""
-    words = text.split()
-    return [f"{a} {b}" for a, b in itertools.pairwise(words) if a in COLOURS and b in SHAPES]
 
 
 def replaced(s: Scene, things: Sequence[Thing]) -> Scene:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from ...data.scenes import Scene, Thing, scene
+from ...data.scenes import Scene, Thing, hallucinated, mentions, scene
 from ...models.vlm import VLM, Reader
 from ...recipes.fit import fit
 from ...steer import VHR, apply, t_vhd
@@ -97,17 +97,6 @@ def captions(model: VLM, reader: Reader, scenes: Sequence[Scene], alpha: float) 
     return [row[: int(e) + 1] if int((row == toy.WORDS.EOS).sum()) else row for row, e in zip(new, ended, strict=True)]
 
 
-def chair(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
-    """CHAIR_S, CHAIR_I and the recall of what is drawn."""
-    wrong = sentences = named = found = drawn = 0
-    for text, s in zip(texts, scenes, strict=True):
-        there, said = {t.name for t in s.things}, toy.mentions(text)
-        bad = [m for m in said if m not in there]
-        wrong, sentences, named = wrong + len(bad), sentences + bool(bad), named + len(said)
-        found, drawn = found + len(there & set(said)), drawn + len(there)
-    return {"chair_s": sentences / len(scenes), "chair_i": wrong / max(named, 1), "recall": found / drawn}
-
-
 def measure_prior(
     steps: int = 0, base_steps: int = 0, seed: int = 0, count: int = PICTURES, out: Path | None = None
 ) -> dict[str, Any]:
@@ -118,7 +107,7 @@ def measure_prior(
     table = {}
     for alpha in ALPHAS:
         texts = [toy.WORDS.decode(ids.tolist()) for ids in captions(model, reader, scenes, alpha)]
-        table[f"{alpha:g}"] = {k: round(v, 4) for k, v in chair(texts, scenes).items()}
+        table[f"{alpha:g}"] = {k: round(v, 4) for k, v in hallucinated(list(zip(texts, scenes, strict=True))).items()}
     one, three = table["1"], table["3"]
     better, cost = one["chair_s"] - three["chair_s"], one["recall"] - three["recall"]
     there = one["chair_s"] >= 0.3
@@ -151,7 +140,7 @@ def mention_scores(model: VLM, reader: Reader, s: Scene, ids: Tensor) -> list[tu
     found = []
     for t in range(len(words) - 1):
         pair = f"{words[t]} {words[t + 1]}"
-        if toy.mentions(pair):
+        if mentions(pair):
             found.append((pair, float(values[t : t + 2].mean())))
     return found
 
