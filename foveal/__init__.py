@@ -21,7 +21,7 @@ _LAZY = {
     "FovealError": "foveal.core.errors",
 }
 _MODULES = {
-    "bench", "core", "data", "hf", "kernels", "layers", "lens", "models", "papers", "patterns", "policies", "recipes", "tune",
+    "bench", "core", "data", "hf", "kernels", "layers", "lens", "models", "papers", "patterns", "policies", "recipes", "steer", "tune",
 }  # fmt: skip
 
 __all__ = ["FovealError", "Policy", "__version__", "attach", "attention", "explain", "merge"]

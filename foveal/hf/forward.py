@@ -18,6 +18,7 @@ from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from ..patterns import Pattern
 from ..policies.policy import Rule
+from .interventions import Moment, intervene
 from .masks import HostMask, base_from_tensor
 from .recompute import Forgotten, in_backward
 from .requests import cache_keys
@@ -47,7 +48,7 @@ class AttentionEvent:
         sink_logits: ``(H,)`` learned sink logits, or None.
         ctx: what the pattern was told.
         layout: what the pattern kept (None: everything).
-        out: ``(B, H, Nq, Dv)`` result.
+        out: ``(B, H, Nq, Dv)`` result, after interventions.
     """
 
     layer_index: int
@@ -189,6 +190,9 @@ def attend(
     )  # fmt: skip
     rule = Rule() if cross else handle.policy.rule(index)
     out, layout = _by_heads(handle, call, rule, context, around, sinks)
+    if handle.acts:
+        moment = Moment(call.replace(layout=layout), context, around.cache, bool(rule.heads))
+        out = intervene(handle.acts, moment, sinks, handle.impl, out)
     handle.live.reached.add(module)
     for probe in handle.probes:
         probe(AttentionEvent(index, site.name, context.role, call, sinks, context, layout, out))

@@ -19,6 +19,7 @@ from ..patterns import Pattern
 from ..policies.policy import Policy
 from . import families, interface, recompute
 from .forward import OUTPUT_ATTENTIONS, AttentionEvent, Forward, Surroundings
+from .interventions import Act, Intervention
 from .requests import RequestStates, cache_keys
 
 Probe = Callable[[AttentionEvent], None]
@@ -40,10 +41,13 @@ class Handle:
     Attributes:
         model: the attached model. policy: what runs. num_layers: its self-attention layers. impl: kernel choice.
         probes: functions called with every :class:`AttentionEvent`.
+        acts: running interventions, in order.
         shared: whether layers share a module, so that they are told apart only by the order of calls.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, impl: str, measuring: bool, probes: Sequence[Probe]) -> None:
+    def __init__(
+        self, model: nn.Module, policy: Policy, impl: str, measuring: bool, probes: Sequence[Probe], interventions: Sequence[Intervention] = ()
+    ) -> None:  # fmt: skip
         self.model, self.policy, self.impl, self.measuring = model, policy, impl, measuring
         self.probes = list(probes)
         found = families.sites(model)
@@ -58,6 +62,13 @@ class Handle:
         self._hooks: list[Any] = []
         self._configs: list[Any] = []
         self.active = False
+        self.acts: list[Act] = []
+        try:
+            for intervention in interventions:
+                self.acts.append(intervention.on(self))
+        except BaseException:
+            self._close_acts()
+            raise
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -87,6 +98,7 @@ class Handle:
 
     def detach(self) -> None:
         """Give the model back exactly as it was; calling it twice is harmless."""
+        self._close_acts()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -106,6 +118,10 @@ class Handle:
             interface.running().remove(self)
         self.live = Live()
         self.active = False
+
+    def _close_acts(self) -> None:
+        for act in self.acts:
+            act.close()
 
     def __enter__(self) -> Self:
         if not self.active:
@@ -129,6 +145,11 @@ class Handle:
             raise UnsupportedError(OUTPUT_ATTENTIONS)
         live = self.live
         if live.depth == 0:
+            if self.acts and any(m in self.sites for m in module.modules()):  # not a vision tower that runs alone
+                for act in self.acts:
+                    act.prepare(module, args, kwargs)
+                for act in self.acts:
+                    act.begin(module, args, kwargs)
             live.forward = Forward(checkpointed=recompute.checkpoints_layers(self.model))
             live.surroundings.clear()
             interface.running().append(self)
@@ -236,6 +257,7 @@ def attach(
     impl: str = "auto",
     measure: bool = False,
     probes: Sequence[Probe] = (),
+    interventions: Sequence[Intervention] = (),
 ) -> Handle:
     """Run a transformers model with another attention, without changing the model.
 
@@ -246,6 +268,7 @@ def attach(
         impl: kernel implementation; an explicit name never falls back.
         measure: count what is kept (``handle.density()``); costs a pass over the kept tiles.
         probes: functions called with an :class:`AttentionEvent` after every attention.
+        interventions: changes to the attention, see ``foveal.steer``.
 
     Returns:
         A handle. ``with foveal.attach(model, policy): ...`` or ``handle.detach()``. After leaving, also after an
@@ -258,7 +281,7 @@ def attach(
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl={impl!r} is unknown; expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
     chosen = Policy.of(policy)
-    handle = Handle(model, chosen, impl, measure, probes)
+    handle = Handle(model, chosen, impl, measure, probes, interventions)
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
     if chosen.dtype and dtype and chosen.dtype != dtype:
         warnings.warn(

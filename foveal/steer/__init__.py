@@ -1,0 +1,23 @@
+"""Change a model's attention while it runs: heads, keys, image sinks, image-sensitive heads, and the image itself."""
+
+from .apply import apply, report
+from .carve import Carved, carve
+from .heads import HeadScale
+from .keys import Knockout
+from .var import VAR, find_sink_dims
+from .vhd import t_vhd, vhd
+from .vhr import VHR
+
+__all__ = [
+    "VAR",
+    "VHR",
+    "Carved",
+    "HeadScale",
+    "Knockout",
+    "apply",
+    "carve",
+    "find_sink_dims",
+    "report",
+    "t_vhd",
+    "vhd",
+]
