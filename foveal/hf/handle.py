@@ -22,6 +22,7 @@ from .forward import OUTPUT_ATTENTIONS, AttentionEvent, Forward, Surroundings
 from .requests import RequestStates, cache_keys
 
 Probe = Callable[[AttentionEvent], None]
+HostAttention = Callable[[nn.Module, Tensor, Tensor, Tensor, Any, dict[str, Any]], Tensor]
 
 
 class Live(threading.local):
@@ -41,6 +42,7 @@ class Handle:
         model: the attached model. policy: what runs. num_layers: its self-attention layers. impl: kernel choice.
         probes: functions called with every :class:`AttentionEvent`.
         shared: whether layers share a module, so that they are told apart only by the order of calls.
+        host: the attention that runs instead of a policy: the model's own, so that probes see it and change nothing.
     """
 
     def __init__(self, model: nn.Module, policy: Policy, impl: str, measuring: bool, probes: Sequence[Probe]) -> None:
@@ -51,6 +53,7 @@ class Handle:
         self.num_layers = families.depth(model, found)
         self.shared = self.num_layers > sum(s.index >= 0 for s in found)
         policy.check_fits(self.num_layers, type(model).__name__)
+        self.host: HostAttention | None = None
         self.requests = RequestStates()
         self.live = Live()
         self.measured: dict[str, dict[int, Density]] = {}
