@@ -193,7 +193,9 @@ def attend(
     rule = Rule() if cross else handle.policy.rule(index)
     parts: Parts
     if handle.host is not None:
-        own = {"dropout": dropout, "scaling": scaling, **kwargs} | ({} if is_causal is None else {"is_causal": is_causal})
+        own = {"dropout": dropout, "scaling": scaling, **kwargs} | (
+            {} if is_causal is None else {"is_causal": is_causal}
+        )
         out, parts = handle.host(module, query, *given, mask, own).transpose(1, 2), _whole(call, None)
     else:
         out, parts = _by_heads(handle, call, rule, context, around, sinks)

@@ -90,9 +90,7 @@ def _of_lists(layout: KeySelection, part: int, b: int, heads: Sequence[int], q: 
     return out.scatter_(-1, torch.where(ok, listed, size), True)[..., :size]
 
 
-def _of_groups(
-    layout: Groups, base: BaseMask, part: int, b: int, heads: Sequence[int], q: Tensor, k: Tensor
-) -> Tensor:
+def _of_groups(layout: Groups, base: BaseMask, part: int, b: int, heads: Sequence[int], q: Tensor, k: Tensor) -> Tensor:
     first, size, low = int(q[0]), q.numel(), int(k[0])
     of = torch.repeat_interleave(torch.arange(layout.cu_q.numel() - 1, device=q.device), layout.cu_q.diff())
     out = torch.zeros(len(heads), size, k.numel(), dtype=torch.bool, device=q.device)

@@ -64,7 +64,9 @@ class Atlas(Probe):
         first, last = top // size, (top + len(block.own) - 1) // size
         sums = block.columns(torch.arange(first, last + 1, device=site.device)[:, None] == row_cell)
         before = left % size
-        sums = torch.nn.functional.pad(sums, (before, -(before + sums.shape[-1]) % size)).unflatten(-1, (-1, size)).sum(-1)
+        sums = (
+            torch.nn.functional.pad(sums, (before, -(before + sums.shape[-1]) % size)).unflatten(-1, (-1, size)).sum(-1)
+        )
         into = state.sums[block.b, block.heads, first : last + 1]
         into[..., left // size : left // size + sums.shape[-1]] += sums
 

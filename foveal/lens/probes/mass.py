@@ -35,7 +35,9 @@ class Mass(Probe):
             raise ConfigError("Mass.sets is empty; expected token positions by name, such as {'first': [0]}.")
         for name, positions in self.sets.items():
             if not len(positions) or min(positions) < 0:
-                raise ConfigError(f"Mass.sets[{name!r}] is {list(positions)[:4]}; expected one or more positions from 0.")
+                raise ConfigError(
+                    f"Mass.sets[{name!r}] is {list(positions)[:4]}; expected one or more positions from 0."
+                )
 
     def start(self, site: Site) -> list[Tensor]:
         return []

@@ -31,7 +31,9 @@ class ChosenRows(Probe):
     def __post_init__(self) -> None:
         object.__setattr__(self, "positions", tuple(self.positions))
         if not self.positions or min(self.positions) < 0:
-            raise ConfigError(f"ChosenRows.positions is {list(self.positions)[:4]}; expected one or more positions from 0.")
+            raise ConfigError(
+                f"ChosenRows.positions is {list(self.positions)[:4]}; expected one or more positions from 0."
+            )
 
     def start(self, site: Site) -> dict[int, Tensor]:
         return {}
