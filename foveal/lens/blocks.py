@@ -20,7 +20,7 @@ from ..kernels.call import AttentionCall, compute_dtype, relative_index
 from .kept import Kept
 from .scores import LOWEST
 
-CPU_BLOCK = 1 << 19
+CPU_BLOCK = 1 << 20
 GPU_BLOCK = 1 << 26
 
 
@@ -150,6 +150,13 @@ def _make_spans(base: BaseMask, b: int, most: int) -> Iterator[Span]:
 
 def real_rows(base: BaseMask, b: int) -> Tensor:
     """``(Nq,)`` bool: rows that are tokens and may see some key."""
+    memo = ("lens_real", b % base.batch)
+    if memo not in base.cache:
+        base.cache[memo] = _real_rows(base, b)
+    return base.cache[memo]
+
+
+def _real_rows(base: BaseMask, b: int) -> Tensor:
     lo, hi = base.lo[b % base.lo.shape[0]], base.hi[b % base.hi.shape[0]]
     if base.valid is None:
         return hi > lo
