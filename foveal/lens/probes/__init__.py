@@ -9,11 +9,12 @@ from .influence import Influence, SinkScore
 from .lookback import LookBack
 from .lost import Lost
 from .mass import Mass
+from .norms import KeyValueNorms
 from .received import Received
 from .rows import ChosenRows
 from .windowed import WindowedDistance
 
 __all__ = [
-    "Atlas", "ChosenRows", "Entropy", "HeadDivergence", "HeadImportance", "Influence", "LookBack", "Lost", "Mass", "Received",
+    "Atlas", "ChosenRows", "Entropy", "HeadDivergence", "HeadImportance", "Influence", "KeyValueNorms", "LookBack", "Lost", "Mass", "Received",
     "SinkScore", "TopEdges", "WindowedDistance",
 ]  # fmt: skip
