@@ -142,7 +142,7 @@ def test_the_head_split() -> None:
     sets = split_heads(distance, layers=(4, 7), share=0.4)
     assert sets.local == ((4, 1), (7, 0)) and sets.far == ((7, 1), (4, 2)) and len(sets.distance) == 5
     assert len(split_heads(torch.rand(1, 3)).local) == 1
-    with pytest.raises(ConfigError, match="share is 0.7"):
+    with pytest.raises(ConfigError, match=r"share is 0\.7"):
         split_heads(distance, share=0.7)
 
 
@@ -162,7 +162,7 @@ def test_a_models_rhythm_equals_its_definition_on_eager_maps() -> None:
     np.testing.assert_allclose(found.waad, waad, rtol=1e-3, atol=1e-4)
     fai = []
     for s in range(start, N):
-        rows = [t for t in range(max(s + 10, start), min(N - 1, s + 30) + 1)]
+        rows = list(range(max(s + 10, start), min(N - 1, s + 30) + 1))
         fai.append(float(far[rows, s].mean()) if rows else 0.0)
     np.testing.assert_allclose(found.fai, fai, rtol=1e-3, atol=1e-5)
     assert (found.fai[-10:] == 0).all()
