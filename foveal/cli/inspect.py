@@ -21,7 +21,8 @@ def inspect(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: prose that Python carries.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Look at this text instead, whole, and write a report.")] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write an HTML report: head atlas, sinks, rhythm of the text.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write an HTML report: head atlas, sinks, rhythm of the text."),
     ] = None,
     probes: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Further probes for the report, such as received,norms.")

@@ -61,7 +61,9 @@ def encode(loaded: LoadedModel, prompt: str) -> Tensor:
     return ids
 
 
-def write(plan: Plan, loaded: LoadedModel, ids: Tensor, facts: Mapping[str, Any], labels: Sequence[Sequence[str]]) -> None:
+def write(
+    plan: Plan, loaded: LoadedModel, ids: Tensor, facts: Mapping[str, Any], labels: Sequence[Sequence[str]]
+) -> None:
     """Measure and write the report, and the arrays where asked for."""
     from ..core.provenance import provenance
     from ..lens.labelled import save

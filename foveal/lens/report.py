@@ -81,7 +81,11 @@ def _lost(found: Survey) -> dict[str, Any]:
             layer, head = found.compared.layers[i // (heads * count)], i // count % heads
             rows.append([layer, head, int(query.flatten()[i]), int(key.flatten()[i]), _number(w)])
     mass = found.compared["lost.mass"].values.nanmean(-1)
-    return {"edges": rows, "by_layer": [_number(v) for v in mass.nanmean(-1).tolist()], "mean": _number(float(mass.nanmean()))}
+    return {
+        "edges": rows,
+        "by_layer": [_number(v) for v in mass.nanmean(-1).tolist()],
+        "mean": _number(float(mass.nanmean())),
+    }
 
 
 def shades(values: np.ndarray) -> np.ndarray:
