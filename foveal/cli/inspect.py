@@ -52,10 +52,10 @@ def inspect(
 ) -> None:
     """Show what each layer and head of MODEL attends to: sinks, the local window, the rest, and how many keys matter."""
     from ..data import text as texts
-    from . import inspect_report
     from ..hf.load import load_model
     from ..lens import plot as draw
     from ..lens import profile_model
+    from . import inspect_report
     from .guard import note, output, write_json
     from .progress import bar
 

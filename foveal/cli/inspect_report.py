@@ -79,7 +79,7 @@ def write(
         save(found.arrays, plan.arrays, facts)
         typer.echo(plan.arrays)
     here = provenance()
-    about = {
+    about: dict[str, Any] = {
         **facts,
         "policy": plan.policy.name if plan.policy is not None else "",
         **{name: str(here[name]) for name in ("foveal", "torch", "python", "date") if name in here},
