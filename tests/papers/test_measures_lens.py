@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+pytest.importorskip("transformers", reason="needs the package transformers")
 pytest.importorskip("scipy", reason="needs the package scipy")
+
+from transformers import LlamaForCausalLM
 
 from foveal.papers.measures import preplan_anchor, secondary_sinks
 from foveal.papers.measures.preplan_anchor import f1, figures, planted_maps
 from foveal.papers.measures.secondary_sinks import spearman
-
 from tests.tune.tiny import save_tiny_model
 
 
@@ -39,7 +40,7 @@ def test_planted_rhythms_are_found_exactly(tmp_path: Path) -> None:
 
 def test_measures_on_a_tiny_model(tmp_path: Path) -> None:
     model = str(save_tiny_model(tmp_path / "tiny", layers=3))
-    net = transformers.LlamaForCausalLM.from_pretrained(model)
+    net = LlamaForCausalLM.from_pretrained(model)
     with torch.no_grad():
         for layer in net.model.layers:  # attention that has peaks
             layer.self_attn.q_proj.weight.mul_(8)
