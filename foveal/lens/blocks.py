@@ -75,6 +75,11 @@ class Block:
         """``(G, m, K)`` sums over the rows, weighted by ``(m, R)``."""
         return torch.matmul(row_weights.to(self.weights.dtype), self.weights)
 
+    @functools.cached_property
+    def received(self) -> Tensor:
+        """``(G, K)`` sums over all rows."""
+        return self.weights.sum(1)
+
     @property
     def first(self) -> int:
         """Key index of the first row."""

@@ -54,8 +54,13 @@ class Influence(KeyProbe):
         for a, b, cut in ((begin, whole_begin, True), (whole_begin, whole_end, False), (whole_end, end, True)):
             if a >= b:
                 continue
-            part = weights[..., a:b]
-            out[:, a - begin : b - begin] = part.sum(1) if not cut else (part * self._inside(own, block, a, b)).sum(1)
+            if cut:
+                sums = (weights[..., a:b] * self._inside(own, block, a, b)).sum(1)
+            elif skipped or b - a < weights.shape[-1] // 2:
+                sums = weights[..., a:b].sum(1)
+            else:  # nearly all of the block: sums that several probes share
+                sums = block.received[:, a:b]
+            out[:, a - begin : b - begin] = sums
         return out, begin
 
     def _inside(self, own: Tensor, block: Block, a: int, b: int) -> Tensor:

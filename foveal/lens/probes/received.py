@@ -17,4 +17,4 @@ class Received(KeyProbe):
     """``Σ_i w_is`` over all rows, ``(layer, head, token)``; sums to the number of rows (less what a learned sink takes)."""
 
     def measure(self, block: Block, site: Site) -> tuple[Tensor, int]:
-        return block.weights.sum(1), 0
+        return block.received, 0
