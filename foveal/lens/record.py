@@ -71,6 +71,10 @@ class Recording:
 
     def __call__(self, event: AttentionEvent) -> None:
         """Record one attention call; what :func:`record` gives to the dispatcher."""
+        from ..hf.recompute import in_backward
+
+        if in_backward():  # gradient checkpointing runs the layer again; it was recorded the first time
+            return
         if event.role == "cross" or (self._layers is not None and event.layer_index not in self._layers):
             return
         self._arrays = None
@@ -243,6 +247,7 @@ def record(
     chosen = named(probes)
     found = sites(model)
     attached = interface.attached(found[0].module)
+    policy = bool(attached) and attached[-1].host is None
     wanted = None if layers is None else frozenset(layers)
     count = depth(model, found)
     if wanted is not None and (not wanted or not wanted <= set(range(count))):
@@ -250,7 +255,7 @@ def record(
     for name, probe in chosen.items():
         if weights == "kept" and probe.needs_policy:
             raise ConfigError(f"the probe {name!r} measures what a policy drops; record it with weights='dense'.")
-        if (weights == "kept" or probe.needs_policy) and not attached:
+        if (weights == "kept" or probe.needs_policy) and not policy:
             what = f"the probe {name!r}" if probe.needs_policy else "weights='kept'"
             raise ConfigError(
                 f"{what} asks what a policy keeps, and none is attached; use `with foveal.attach(model, policy):` around record(...)."

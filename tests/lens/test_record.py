@@ -298,3 +298,25 @@ def test_selecting_saving_and_tables(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     table = rec["entropy"].pandas("entropy")
     assert table.index.names == ["layer", "head", "token"] and table[1, 2, 5] == float(one.values[5])
+
+
+def test_gradient_checkpointing_records_every_layer_once() -> None:
+    model, ids = tiny().train(), tokens(1, 20)
+    with record(model, ["importance", "received"]) as plain:
+        model(ids, labels=ids).loss.backward()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    with record(model, ["importance", "received"]) as rec:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for name in plain:
+        torch.testing.assert_close(rec[name].values, plain[name].values)
+
+
+@torch.no_grad()
+def test_a_recording_inside_another_has_no_policy() -> None:
+    model = tiny()
+    with record(model, "entropy") as outer, record(model, "received") as inner:
+        model(tokens())
+    assert list(outer) == ["entropy"] and list(inner) == ["received"]
+    with record(model, "entropy"), pytest.raises(ConfigError, match="none is attached"), record(model, "lost"):
+        pass
