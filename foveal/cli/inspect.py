@@ -19,6 +19,20 @@ def inspect(
     model: Annotated[str, typer.Argument(help="smollm2, a folder, a .gguf file, or a Hugging Face id.")],
     context: Annotated[int, typer.Option(min=2, help="Tokens of text to look at.")] = 2048,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: prose that Python carries.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Look at this text instead, whole, and write a report.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write an HTML report: head atlas, sinks, rhythm of the text."),
+    ] = None,
+    probes: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Further probes for the report, such as received,norms.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="POLICY", help="policy.json: the report shows what it drops.")
+    ] = None,
+    arrays: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write every recorded array, as .safetensors.")
+    ] = None,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Show every head of this layer instead of all layers.")
     ] = None,
@@ -41,19 +55,25 @@ def inspect(
     from ..hf.load import load_model
     from ..lens import plot as draw
     from ..lens import profile_model
+    from . import inspect_report
     from .guard import note, output, write_json
     from .progress import bar
 
-    content = texts.load_text(text)
+    plan = inspect_report.Plan.of(report, probes, compare, arrays, prompt)
+    content = None if prompt is not None else texts.load_text(text)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=note)
+    if prompt is not None:
+        span = inspect_report.encode(loaded, prompt)
+        context = span.shape[1]
     if loaded.context_limit is not None and context > loaded.context_limit:
         raise ConfigError(
             f"context is {context}, but {loaded.name} was made for at most {loaded.context_limit} tokens; "
             f"pass --context {loaded.context_limit} or less."
         )
-    ids = texts.tokens(loaded.tokenizer, content)
-    span = texts.split(ids, context, search=0, seed=seed, ahead=texts.prefix(loaded.tokenizer)).held_out
-    with bar() as report:
+    if content is not None:
+        ids = texts.tokens(loaded.tokenizer, content)
+        span = texts.split(ids, context, search=0, seed=seed, ahead=texts.prefix(loaded.tokenizer)).held_out
+    with bar() as tell:
         profile = profile_model(
             loaded.model,
             span.to(loaded.model.device),
@@ -61,7 +81,7 @@ def inspect(
             window=window,
             sinks=sinks,
             seed=seed,
-            progress=lambda done, total: report("measuring attention", done, total),
+            progress=lambda done, total: tell("measuring attention", done, total),
         )
     if layer is None:
         output().print(profile.render())
@@ -70,11 +90,12 @@ def inspect(
         if not chosen:
             raise ConfigError(f"layer is {layer}, but {loaded.name} has the layers 0 to {len(profile.layers) - 1}.")
         output().print(render_heads(chosen[0]))
+    name = "the prompt" if prompt is not None else texts.text_name(text)
+    facts = {"model": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype, "text": name}
     if json is not None:
         from ..core.provenance import provenance
 
-        facts = {"model": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
-        write_json(json, {**facts, "text": texts.text_name(text), **profile.to_json(), "provenance": provenance()})
+        write_json(json, {**facts, **profile.to_json(), "provenance": provenance()})
         typer.echo(json)
     if plot is not None:
         try:
@@ -82,6 +103,8 @@ def inspect(
         except ValueError as error:
             raise ConfigError(f"--plot {plot}: {error}.") from None
         typer.echo(plot)
+    if plan is not None:
+        inspect_report.write(plan, loaded, span, facts, [p.labels for p in profile.layers if p.role == "self"])
 
 
 def render_heads(layer: LayerProfile) -> Table:

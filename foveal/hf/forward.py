@@ -47,8 +47,9 @@ class AttentionEvent:
         call: tensors (after RoPE, GQA not repeated), base mask, scale, softcap, bias.
         sink_logits: ``(H,)`` learned sink logits, or None.
         ctx: what the pattern was told.
-        layout: what the pattern kept (None: everything).
+        layout: what the pattern kept (None: everything, or rules of their own for some heads).
         out: ``(B, H, Nq, Dv)`` result, after interventions.
+        parts: query heads that share a layout, and that layout (None: everything), in which heads are numbered from 0.
     """
 
     layer_index: int
@@ -59,6 +60,7 @@ class AttentionEvent:
     ctx: SelectContext
     layout: Layout | None
     out: Tensor
+    parts: tuple[tuple[tuple[int, ...], Layout | None], ...] = ()
 
 
 @dataclass
@@ -172,6 +174,7 @@ def attend(
     base, q_offset = base_mask(handle, module, mask, query, key, is_causal, around)
     base = base.to(query.device)
     _refuse_resets(base, around)
+    given = key, value
     if base.causal and base.kv_len > base.shift + base.q_len:
         end = base.shift + base.q_len  # a static cache is longer than what has been written
         memo = ("written", end)
@@ -189,13 +192,21 @@ def attend(
         earlier=_earlier(handle, mask, index),
     )  # fmt: skip
     rule = Rule() if cross else handle.policy.rule(index)
-    out, layout = _by_heads(handle, call, rule, context, around, sinks)
+    parts: Parts
+    if handle.host is not None:
+        own = {"dropout": dropout, "scaling": scaling, **kwargs} | (
+            {} if is_causal is None else {"is_causal": is_causal}
+        )
+        out, parts = handle.host(module, query, *given, mask, own).transpose(1, 2), _whole(call, None)
+    else:
+        out, parts = _by_heads(handle, call, rule, context, around, sinks)
+    layout = parts[0][1] if len(parts) == 1 else None
     if handle.acts:
         moment = Moment(call.replace(layout=layout), context, around.cache, bool(rule.heads))
         out = intervene(handle.acts, moment, sinks, handle.impl, out)
     handle.live.reached.add(module)
     for probe in handle.probes:
-        probe(AttentionEvent(index, site.name, context.role, call, sinks, context, layout, out))
+        probe(AttentionEvent(index, site.name, context.role, call, sinks, context, layout, out, parts))
     return out.transpose(1, 2).contiguous()
 
 
@@ -252,9 +263,18 @@ def _refuse_resets(base: BaseMask, around: Surroundings) -> None:
         )
 
 
-def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContext, around: Surroundings, sinks: Tensor | None) -> tuple[Tensor, Layout | None]:  # fmt: skip
+Parts = tuple[tuple[tuple[int, ...], Layout | None], ...]
+"""As in :class:`AttentionEvent`."""
+
+
+def _whole(call: AttentionCall, layout: Layout | None) -> Parts:
+    return ((tuple(range(call.q.shape[1])), layout),)
+
+
+def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContext, around: Surroundings, sinks: Tensor | None) -> tuple[Tensor, Parts]:  # fmt: skip
     if not rule.heads:
-        return _select_and_compute(handle, call, rule, ctx, around, sinks, 0)
+        out, layout = _select_and_compute(handle, call, rule, ctx, around, sinks, 0)
+        return out, _whole(call, layout)
     heads, group = call.q.shape[1], call.groups
     spans: list[tuple[list[int], Rule]] = []
     taken: set[int] = set()
@@ -269,6 +289,7 @@ def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContex
     if rest:
         spans.append((rest, Rule(rule.prefill, rule.decode)))
     out = call.v.new_empty(*call.q.shape[:3], call.v.shape[-1])
+    parts = []
     for members, own in spans:
         chosen = torch.tensor(members, device=call.q.device)
         whole = (
@@ -282,11 +303,12 @@ def _by_heads(handle: Handle, call: AttentionCall, rule: Rule, ctx: SelectContex
             else chosen // group
         )
         part = call.replace(q=call.q[:, chosen], k=call.k[:, kv], v=call.v[:, kv])
-        got, _ = _select_and_compute(
+        got, layout = _select_and_compute(
             handle, part, own, ctx, around, None if sinks is None else sinks[chosen], 1 + members[0]
         )
         out = out.index_copy(1, chosen, got)
-    return out, None
+        parts.append((tuple(members), layout))
+    return out, tuple(parts)
 
 
 def _select_and_compute(

@@ -23,6 +23,7 @@ from .interventions import Act, Intervention
 from .requests import RequestStates, cache_keys
 
 Probe = Callable[[AttentionEvent], None]
+HostAttention = Callable[[nn.Module, Tensor, Tensor, Tensor, Any, dict[str, Any]], Tensor]
 
 
 class Live(threading.local):
@@ -43,6 +44,7 @@ class Handle:
         probes: functions called with every :class:`AttentionEvent`.
         acts: running interventions, in order.
         shared: whether layers share a module, so that they are told apart only by the order of calls.
+        host: the attention that runs instead of a policy: the model's own, so that probes see it and change nothing.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Handle:
         self.num_layers = families.depth(model, found)
         self.shared = self.num_layers > sum(s.index >= 0 for s in found)
         policy.check_fits(self.num_layers, type(model).__name__)
+        self.host: HostAttention | None = None
         self.requests = RequestStates()
         self.live = Live()
         self.measured: dict[str, dict[int, Density]] = {}

@@ -79,6 +79,14 @@ def foveal_attention(
     return _original_forward(module, known[1], query, key, value, attention_mask, kwargs)
 
 
+def host_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Tensor:
+    """``(B, Nq, H, Dv)`` of the attention that a module would have run without foveal, for handles that only look on."""
+    out, _ = _original_forward(module, _configs[id(module.config)][1], query, key, value, mask, kwargs)
+    return out
+
+
 def _original_forward(
     module: nn.Module, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> Any:
@@ -86,7 +94,10 @@ def _original_forward(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if isinstance(mask, HostMask):
-        mask = mask.rebuild(name)
+        memo = ("rebuilt", name)  # all layers of a forward share the mask
+        if memo not in mask.base.cache:
+            mask.base.cache[memo] = mask.rebuild(name)
+        mask = mask.base.cache[memo]
     if name == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     else:

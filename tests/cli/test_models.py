@@ -18,7 +18,7 @@ from foveal.cli.tune import fraction
 from foveal.core.errors import DataError
 from foveal.hf.load import load_model
 from foveal.patterns import Dense, SlidingWindow
-from foveal.policies import ModelStamp, Policy
+from foveal.policies import ModelStamp, Policy, Rule
 
 from ..hf.tiny_gguf import CONTEXT, LAYERS, write_tiny_gguf
 
@@ -223,6 +223,39 @@ def test_inspect_refuses(model: Path, tmp_path: Path) -> None:
     assert (
         "text has 9 tokens; expected at least 64" in foveal("inspect", model, "--text", short, "--context", 64).stderr
     )
+
+
+def test_inspect_writes_a_report(model: Path, tmp_path: Path, policy: Any) -> None:
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    pytest.importorskip("scipy", reason="needs the package scipy")
+    from foveal.lens import load
+
+    page, arrays = tmp_path / "r.html", tmp_path / "r.safetensors"
+    words = ("--report", page, "--probes", "received, norms", "--arrays", arrays)
+    file = policy(name="narrow", default=Rule(SlidingWindow(window=8)))
+    result = foveal("inspect", model, "--context", 64, "--rows", 16, *words, "--compare", file)
+    assert result.exit_code == 0, result.output
+    assert str(page) in result.stdout and str(arrays) in result.stdout
+    text = page.read_text(encoding="utf-8")
+    assert "foveal inspect · tiny · 64 tokens" in text and "What narrow drops" in text and "norms.value" in text
+    found = load(arrays)
+    assert found["received"].shape == (LAYERS, 4, 64) and found["compared.lost.mass"].shape == (LAYERS, 4, 64)
+    result = foveal("inspect", model, "--prompt", PROMPT, "--rows", 4, "--report", page)
+    assert result.exit_code == 0 and "tokens · the prompt" in page.read_text(encoding="utf-8")
+
+
+def test_inspect_refuses_before_it_measures(model: Path, tmp_path: Path) -> None:
+    for words, message in (
+        (["--probes", "entropi"], "unknown probe 'entropi'. Did you mean 'entropy'?"),
+        (["--compare", tmp_path / "no.json"], "no.json"),
+        (["--prompt", "a"], "the prompt has 1 token; expected at least 2"),
+        (["--prompt", "a" * (CONTEXT + 1)], f"made for at most {CONTEXT} tokens"),
+        (["--context", 32, "--probes", "lost"], "--compare POLICY"),
+        (["--context", 32, "--probes", "importance"], "needs a backward pass"),
+    ):
+        result = foveal("inspect", model, *words, "--report", tmp_path / "r.html")
+        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert not (tmp_path / "r.html").exists()
 
 
 # --- tune -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,156 @@
+"""The report of a text of 8192 tokens in a real browser: no complaint, nothing fetched, hover and choice work, readable in both themes."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foveal.lens.report import pack, render_report, shades
+
+pytest.importorskip("jinja2", reason="needs jinja2: pip install 'foveal[report]'")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+TOKENS, LAYERS, HEADS, CELLS, EDGES = 8192, 30, 9, 32, 12
+SWITCHES = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1300,900",
+)  # fmt: skip
+
+WATCH = """<script>
+window.complaints = [];
+addEventListener("error", (e) => complaints.push(e.message || "failed to load " + (e.target.src || e.target.href)), true);
+for (const name of ["error", "warn"]) { const old = console[name]; console[name] = (...a) => { complaints.push(a.join(" ")); old(...a); }; }
+</script>"""
+
+MEASURE = """<script>
+function point(win, e, type, x, y) { e.dispatchEvent(new win.PointerEvent(type, { bubbles: true, clientX: x, clientY: y })); return win.document.getElementById("tip").hidden ? "" : win.document.getElementById("tip").textContent; }
+function measure(win) {
+  const doc = win.document, $ = (id) => doc.getElementById(id), found = {};
+  found.complaints = win.complaints; found.fetched = win.performance.getEntriesByType("resource").map((r) => r.name);
+  found.width = win.innerWidth; found.scroll = doc.documentElement.scrollWidth; found.title = doc.title;
+  found.dark = win.matchMedia("(prefers-color-scheme: dark)").matches; found.page = win.getComputedStyle(doc.body).backgroundColor;
+  const spans = [...doc.querySelectorAll("#text span")]; found.tokens = spans.length; found.text = spans.slice(0, 3).map((s) => s.textContent);
+  found.marks = [doc.querySelectorAll("#text .p").length, doc.querySelectorAll("#text .a").length];
+  found.colors = new Set(spans.map((s) => s.style.background)).size; const before = spans[70].style.background;
+  found.tip = point(win, spans[5], "pointerover", 1, 1);
+  const select = $("figure"); select.selectedIndex = 1; select.dispatchEvent(new win.Event("change")); found.repainted = spans[70].style.background !== before;
+  const atlas = $("atlas"), r = atlas.getBoundingClientRect(); found.atlas = [atlas.width, atlas.height];
+  const step = (atlas.width - 26) / 9, inked = (l, h) => atlas.getContext("2d").getImageData(26 + (h + .45) * step, (l + .45) * step, 1, 1).data[3];
+  found.inked = [inked(3, 2), inked(2, 3), inked(3, 3)];
+  found.head = point(win, atlas, "pointermove", r.left + 26 + 2.5 * step, r.top + 3.5 * step);
+  atlas.dispatchEvent(new win.MouseEvent("click", { bubbles: true, clientX: r.left + 26 + 2.5 * step, clientY: r.top + 3.5 * step }));
+  found.name = $("name").textContent; found.edges = $("edges").rows.length;
+  const one = $("one").getBoundingClientRect(); found.cell = point(win, $("one"), "pointermove", one.left + 4, one.top + 250);
+  const wave = $("wave").getBoundingClientRect(); found.wave = point(win, $("wave"), "pointermove", wave.left + wave.width / 2, wave.top + 9);
+  found.bars = doc.querySelectorAll("#first i").length; found.bar = point(win, doc.querySelectorAll("#first i")[4], "pointerover", 1, 1);
+  const grid = $("grid").getBoundingClientRect(); found.grid = point(win, $("grid"), "pointermove", grid.left + 2, grid.top + 2);
+  found.regions = [...doc.querySelectorAll(".card")].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => [e.getAttribute("aria-label"), e.tabIndex]);
+  return found;
+}
+addEventListener("load", () => { document.getElementById("found").textContent = JSON.stringify([...document.querySelectorAll("iframe")].map((f) => measure(f.contentWindow))); });
+</script>"""
+
+
+def made_up() -> dict[str, Any]:
+    """A report on nothing, as large as SmolLM2 at 8192 tokens."""
+    rng = np.random.default_rng(0)
+    figures = {name: pack(rng.random(TOKENS)) for name in ("WAAD", "FAI", "entropy")}
+    heads = {
+        name: np.round(rng.random((LAYERS, HEADS)), 3).tolist()
+        for name in ("mass on the first token", "mass lost to the policy")
+    }
+    query = rng.integers(9, TOKENS, (LAYERS, HEADS, EDGES))
+    one_map = np.zeros((LAYERS, HEADS, CELLS, CELLS))
+    one_map[3, 2] = 1
+    words = ["the", " <b>&amp;", "\n", " tree", "ü", "�"]
+    return {
+        "about": {"model": "made-up", "text": "random words", "policy": "a window"}, "layers": list(range(LAYERS)), "heads": HEADS,
+        "labels": [["local"] * HEADS] * LAYERS, "tokens": [words[i % 6] for i in range(TOKENS)], "figures": figures,
+        "head_figures": heads, "preplan": list(range(10, TOKENS, 40)), "anchors": list(range(11, TOKENS, 80)),
+        "local": [[0, 1]], "global": [[3, 2]],
+        "atlas": {"cells": CELLS, "size": 256, "values": _base64(shades(one_map))},
+        "edges": {"weight": pack(rng.random((LAYERS, HEADS, EDGES))), "query": pack(query, "<i4"), "key": pack(query - 3, "<i4"), "count": EDGES},
+        "sinks": {
+            "primary": {"position": 0, "on": 2, "off": 28, "norm": 9e3, "median_norm": 20.0},
+            "found": [{"position": 44, "birth": 9, "lifetime": 5, "label": "secondary", "norm": 120.0, "score": None, "sign": 1, "contiguous": True, "cosine": 0.95}],
+            "first_key": [0.4] * LAYERS, "uniform": 0.001, "largest": [1000.0] * LAYERS, "token": [0] * LAYERS,
+        },
+        "lost": {"edges": [[1, 2, 500, 3, 0.25]], "by_layer": [0.1] * LAYERS, "mean": 0.1},
+    }  # fmt: skip
+
+
+def _base64(values: np.ndarray) -> str:
+    return pack(values, "u1")
+
+
+def look(page: str, folder: Path, dark: bool, widths: tuple[int, ...] = (1280, 360)) -> list[dict[str, Any]]:
+    """What the browser says of the page, once for each width."""
+    inner = html.escape(page.replace("<head>", "<head>" + WATCH, 1))
+    frames = "".join(f'<iframe width="{w}" height="900" style="border:0" srcdoc="{inner}"></iframe>' for w in widths)
+    holder = folder / "holder.html"
+    holder.write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>{MEASURE}{frames}', encoding="utf-8")
+    theme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    command = [str(CHROMIUM), *SWITCHES, theme, f"--user-data-dir={folder / 'profile'}", "--dump-dom", holder.as_uri()]
+    ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    found = re.search(r'<pre id="found">(.+?)</pre>', ran.stdout, re.DOTALL)
+    assert found, f"Chromium left no findings (exit {ran.returncode}): {ran.stderr[-2000:]}"
+    views: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
+    return views
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def views(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    found = look(render_report(made_up()), tmp_path_factory.mktemp("browser"), request.param == "dark")
+    assert all(v["dark"] == (request.param == "dark") for v in found)
+    return found
+
+
+def test_page_loads_without_a_complaint_and_fits(views: list[dict[str, Any]]) -> None:
+    for view in views:
+        assert view["complaints"] == [] and view["fetched"] == []
+        assert view["title"] == "foveal inspect: made-up, 8192 tokens"
+        assert view["scroll"] <= view["width"], "the page scrolls sideways"
+        assert all(label and tab == 0 for label, tab in view["regions"]), "a wide part cannot be reached by keyboard"
+        red, green, blue = map(int, re.findall(r"\d+", view["page"]))
+        assert (red + green + blue < 150) == view["dark"]
+
+
+def test_every_token_is_there_coloured_and_tells_its_values(views: list[dict[str, Any]]) -> None:
+    for view in views:
+        assert view["tokens"] == TOKENS and view["text"] == ["the", " <b>&amp;", "⏎\n"]
+        assert view["marks"] == [205, 103] and view["colors"] > 100 and view["repainted"]
+        assert re.fullmatch(r'token 5 "�"\nWAAD: [\d.e-]+\nFAI: [\d.e-]+\nentropy: [\d.e-]+', view["tip"])
+        assert view["wave"].startswith("token 4096 ")
+
+
+def test_the_atlas_is_drawn_and_its_heads_can_be_chosen(views: list[dict[str, Any]]) -> None:
+    for view in views:
+        assert view["inked"] == [255, 0, 0] and view["atlas"][0] > 200 and view["atlas"][1] > 600
+        assert view["head"].startswith("layer 3, head 2: local\nmass on the first token: ")
+        assert view["name"] == "layer 3, head 2: local" and view["edges"] == EDGES
+        assert re.fullmatch(r"tokens 7936–8191 put 1 on 0–255", view["cell"])
+
+
+def test_bars_and_losses_tell_their_figures(views: list[dict[str, Any]]) -> None:
+    for view in views:
+        assert view["bars"] == LAYERS and view["bar"] == "layer 4: 0.4"
+        assert re.fullmatch(r"layer 0, head 0: 0?[\d.]+ lost", view["grid"])
+
+
+def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
+    """The checks above can fail: a page with an error, a missing image and a wide block is reported as such."""
+    page = render_report(made_up()).replace(
+        "</main>",
+        '<img src="file:///no/such.png"><div style="width:3000px;height:9px"></div><script>nowhere()</script></main>',
+    )
+    for view in look(page, tmp_path, dark=False, widths=(1280,)):
+        assert len(view["complaints"]) == 2 and view["scroll"] > view["width"]
