@@ -284,3 +284,15 @@ def test_a_layer_is_converted_once_and_pre_norm_layers_are_refused():
         shrp.convert(one, [1])
     with pytest.raises(UnsupportedError, match="src_mask"):
         one.layers[0](batch()[0], src_mask=torch.zeros(9, 9))
+
+
+def test_init_from_every_head_starts_nearer_the_original_than_the_mean_head():
+    def off(init: str) -> float:
+        one, wanted = model(), model()(*batch())
+        torch.manual_seed(1)
+        shrp.convert(one, last=2, expander=8, init=init, calibration=batch())
+        return float((one(*batch()) - wanted)[batch()[1]].square().mean().detach())
+
+    assert off("heads") < off("svd") and off("heads") < off("scratch")
+    with pytest.raises(ConfigError, match="init='heads' needs a calibration batch"):
+        shrp.convert(model(), last=1, init="heads")
