@@ -16,7 +16,12 @@ from .errors import ConfigError, nearest
 C = TypeVar("C")
 
 _tables: dict[str, dict[str, Any]] = {}
-_packages = {"pattern": "foveal.patterns", "operator": "foveal.patterns", "channel": "foveal.layers.channel", "probe": "foveal.lens.probes"}
+_packages = {
+    "pattern": "foveal.patterns",
+    "operator": "foveal.patterns",
+    "channel": "foveal.layers.channel",
+    "probe": "foveal.lens.probes",
+}
 _searched: set[str] = set()
 
 
