@@ -7,7 +7,7 @@ recording, in turns; the ratio of each pair is taken and the median reported. Th
 Memory: in two fresh processes the peaks that the two add to the loaded model; the difference is what recording adds. Beside it
 stands what ``output_attentions=True`` would have to hold.
 Exactness: at 1024 tokens, every figure against its dense definition on the weights of the model's eager attention in float64.
-Page: with Chromium, how long the report of ``foveal inspect`` takes from navigation to the end of its load event.
+Page: with Chromium, how long the report of ``foveal inspect`` takes from navigation to its load event, all its drawing done.
 """
 
 from __future__ import annotations
@@ -147,13 +147,13 @@ def measure_errors(model: LoadedModel, ids: Tensor) -> dict[str, float]:
 
 
 def measure_page(model: LoadedModel, ids: Tensor) -> dict[str, Any] | None:
-    """Seconds from navigation to the end of the load event in headless Chromium; None without one."""
+    """Seconds from navigation to the load event in headless Chromium; None without one."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         return None
     found = survey(model.model, ids)
     data = report_data(found, token_texts(model.tokenizer, ids[0]), {"model": model.name, "text": text.text_name()})
-    tell = '<script>addEventListener("load", () => setTimeout(() => { document.title = "took " + performance.timing.loadEventEnd + " " + performance.timing.navigationStart; }, 0));</script></body>'
+    tell = '<script>addEventListener("load", () => { document.title = "took " + performance.now(); });</script></body>'
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         write_report(data, page)
@@ -168,13 +168,10 @@ def measure_page(model: LoadedModel, ids: Tensor) -> dict[str, Any] | None:
         ]
         command = [chromium, *switches, f"--user-data-dir={folder}/profile", "--dump-dom", page.as_uri()]
         ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
-    end, start = map(int, re.search(r"<title>took (\d+) (\d+)</title>", ran.stdout).groups())  # type: ignore[union-attr]
-    return {
-        "seconds": (end - start) / 1000,
-        "bytes": size,
-        "target_s": MOST_SECONDS,
-        "met": end - start <= 1000 * MOST_SECONDS,
-    }
+    took = re.search(r"<title>took ([\d.]+)</title>", ran.stdout)
+    assert took, "the page never finished loading"
+    seconds = float(took[1]) / 1000
+    return {"seconds": seconds, "bytes": size, "target_s": MOST_SECONDS, "met": seconds <= MOST_SECONDS}
 
 
 def main() -> None:

@@ -17,9 +17,12 @@ C = TypeVar("C")
 
 _tables: dict[str, dict[str, Any]] = {}
 _packages = {
-    "pattern": "foveal.patterns", "operator": "foveal.patterns", "channel": "foveal.layers.channel", "task": "foveal.evals",
+    "pattern": "foveal.patterns",
+    "operator": "foveal.patterns",
+    "channel": "foveal.layers.channel",
+    "task": "foveal.evals",
     "probe": "foveal.lens.probes",
-}  # fmt: skip
+}
 _searched: set[str] = set()
 
 
