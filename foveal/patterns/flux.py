@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from .boundaries import file_sha256
 from .by_rows import by_rows
 from .dense import Dense
 from .documents import documents
-from .flux_router import load_routers, pooled_queries
+from .flux_router import load_routers, pooled_queries, read_routers
 from .presets import FLUX
 
 
@@ -68,12 +69,14 @@ class Flux(Pattern):
 
     @classmethod
     def of_file(cls, path: str | Path, **fields: Any) -> Self:
-        """The routers in this file, their digest computed now."""
+        """The routers in this file, their digest computed now; ``sparse`` and ``full`` default to what they were trained with."""
         if not Path(path).is_file():
             raise ConfigError(
                 f"router {str(path)!r} is no file; make one with `foveal train flux MODEL --out DIR`, or pass the file that it wrote."
             )
-        return cls(str(path), file_sha256(path), **fields)
+        said = read_routers(path).metadata
+        known = {n: Pattern.from_json(json.loads(said[n]), f"{path}: {n}") for n in ("sparse", "full") if n in said}
+        return cls(str(path), file_sha256(path), **{**known, **fields})
 
     @property
     def look_ahead(self) -> LookAhead:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Routers:
         tensors: parameters by ``"<layer>.<stage>.weight"`` and ``".bias"``. layers, head_dim, pool: sizes; ``pool`` is p.
         model: digest of the weights that they were trained for (``foveal.hf.fingerprint``), "" when unknown.
         architecture: class name of that model, or "".
+        metadata: what else the file says; "sparse" and "full" are the patterns that they were trained with, as JSON.
     """
 
     tensors: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class Routers:
     pool: int
     model: str = ""
     architecture: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def logits(self, layer: int, pooled: Tensor) -> Tensor:
         """``(B, 2)`` logits of sparse (0) and full (1) attention of one layer."""
@@ -119,7 +121,7 @@ def _load(path: str, sha256: str, device: str) -> Routers:
         )
     routers = read_routers(path)
     tensors = {n: t.to(device, torch.float32) for n, t in routers.tensors.items()}
-    return Routers(tensors, routers.layers, routers.head_dim, routers.pool, routers.model, routers.architecture)
+    return replace(routers, tensors=tensors)
 
 
 def read_routers(path: str | Path) -> Routers:
@@ -145,4 +147,4 @@ def read_routers(path: str | Path) -> Routers:
     wanted = {f"{layer}.{name}" for layer in range(said["layers"]) for name in parameter_names()}
     if set(tensors) != wanted:
         raise ConfigError(f"router {path} lacks or has too many tensors for {said['layers']} layers; train it again.")
-    return Routers(tensors, **said)
+    return Routers(tensors, **said, metadata=meta)
