@@ -10,9 +10,9 @@ import typer
 
 def flux(
     model: Annotated[str, typer.Argument(help="smollm2, a folder, a .gguf file, or a Hugging Face id.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for router.safetensors, policy.json and training.json.")
-    ] = Path("foveal-flux"),
+    out: Annotated[Path, typer.Option(help="Folder for router.safetensors, policy.json and training.json.")] = Path(
+        "foveal-flux"
+    ),
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to train on; default: prose that Python carries.")
     ] = None,
@@ -27,7 +27,9 @@ def flux(
             help="What a sparse layer keeps: streaming, triangle, xattention, local, or a pattern as JSON; default: a window that fits --tokens.",
         ),
     ] = "",
-    retrieval: Annotated[float, typer.Option(help="Target share of sparse layers where something must be found.")] = 0.45,
+    retrieval: Annotated[
+        float, typer.Option(help="Target share of sparse layers where something must be found.")
+    ] = 0.45,
     local: Annotated[float, typer.Option(help="Target share of sparse layers where nothing must.")] = 1.0,
     mode: Annotated[str, typer.Option(help="Gate in training: soft, or st (straight-through).")] = "soft",
     signed: Annotated[bool, typer.Option("--signed", help="Multipliers on the signed distance to the target.")] = False,
@@ -63,7 +65,9 @@ def flux(
     with bar() as report:
         result = run_flux(options, report, note)
     for name, got in result["reached"].items():
-        typer.echo(f"{name}: {got['sparse']:.2f} of the layers sparse (target {got['target']:.2f}), loss {got['loss']:.3f}")
+        typer.echo(
+            f"{name}: {got['sparse']:.2f} of the layers sparse (target {got['target']:.2f}), loss {got['loss']:.3f}"
+        )
     for name in ("router.safetensors", "policy.json", "training.json"):
         typer.echo(out / name)
 

@@ -35,7 +35,9 @@ def tune(
     seed: Annotated[int, typer.Option(help="Chooses text spans, needles and sampled rows.")] = 0,
     decode_tokens: Annotated[int, typer.Option(help="Tokens scored one by one through the cache.")] = 256,
     search: Annotated[bool, typer.Option(help="Also search a policy layer by layer.")] = True,
-    method: Annotated[str, typer.Option(help="How the search finds a policy: greedy, hylra, flux, or all, side by side.")] = "greedy",
+    method: Annotated[
+        str, typer.Option(help="How the search finds a policy: greedy, hylra, flux, or all, side by side.")
+    ] = "greedy",
     router: Annotated[
         Path | None, typer.Option(help="Routers from foveal train flux, for the methods flux and all.")
     ] = None,

@@ -67,7 +67,7 @@ class LayerRouters(nn.Module):
         return self.layers[layer](pooled_queries(q, self.pool, spans))
 
     def save(self, path: str | Path, *, model: str = "", architecture: str = "", **metadata: str) -> None:
-        """Write a safetensors file; it appears whole or not at all.
+        """Write a safetensors file; it appears whole or not at all, and is the same, byte for byte, for the same routers.
 
         Args:
             path: the file. model: digest of the weights that these routers belong to (``foveal.hf.fingerprint``).
@@ -76,11 +76,14 @@ class LayerRouters(nn.Module):
         from safetensors.torch import save_file
 
         path = Path(path)
-        said = {"layers": len(self.layers), "head_dim": self.head_dim, "pool": self.pool, "model": model, "architecture": architecture}  # fmt: skip
+        said = {
+            "format": FORMAT, "version": 1, "layers": len(self.layers), "head_dim": self.head_dim, "pool": self.pool, "model": model,
+            "architecture": architecture, "metadata": metadata,
+        }  # fmt: skip
         tensors = {n.removeprefix("layers."): p.detach().cpu().contiguous() for n, p in self.named_parameters()}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={**metadata, "format": FORMAT, "version": "1", "routers": json.dumps(said)})
+        save_file(tensors, part, metadata={"routers": json.dumps(said)})
         part.replace(path)
 
     @classmethod
@@ -126,5 +129,3 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-

@@ -138,13 +138,13 @@ def read_routers(path: str | Path) -> Routers:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"router {path} cannot be read: {error}.") from None
-    if meta.get("format") != FORMAT or meta.get("version") != "1":
+    said = json.loads(meta.get("routers", "{}"))
+    kind = (said.pop("format", None), said.pop("version", None))
+    if kind != (FORMAT, 1):
         raise ConfigError(
-            f"{path} has the format {meta.get('format')!r} version {meta.get('version')!r}; expected {FORMAT!r} version '1', "
-            "written by LayerRouters.save."
+            f"{path} has the format {kind[0]!r} version {kind[1]!r}; expected {FORMAT!r} version 1, written by LayerRouters.save."
         )
-    said = json.loads(meta["routers"])
     wanted = {f"{layer}.{name}" for layer in range(said["layers"]) for name in parameter_names()}
     if set(tensors) != wanted:
         raise ConfigError(f"router {path} lacks or has too many tensors for {said['layers']} layers; train it again.")
-    return Routers(tensors, **said, metadata=meta)
+    return Routers(tensors, **said)

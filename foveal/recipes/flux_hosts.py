@@ -70,7 +70,6 @@ class TwoBranches(Operator):
 class Host(Protocol):
     """A model whose layers run both branches."""
 
-    model: nn.Module
     layers: int
     head_dim: int
 
@@ -87,10 +86,12 @@ class DecoderHost:
             raise UnsupportedError(
                 f"{len(found)} of the model's {len(model.layers)} layers are rotary self-attention; Flux routes models of these alone."
             )
-        self.model, self.layers, self.head_dim = model, len(model.layers), found[0].head_dim
+        self.layers, self.head_dim = len(model.layers), found[0].head_dim
+        self._model = model
 
     def forward(self, ids: Tensor, branches: TwoBranches) -> Tensor:
-        return self.model(ids, run=self.model.begin(ids, branches))  # type: ignore[operator]
+        logits: Tensor = self._model(ids, run=self._model.begin(ids, branches))
+        return logits
 
 
 class TransformersHost:

@@ -127,7 +127,9 @@ def run_flux(
             progress(label, step, steps)
 
     folder.mkdir(parents=True, exist_ok=True)
-    trained = train_flux(loaded.model, tasks, how, checkpoint=folder / "checkpoint.safetensors", told=told, progress=show)
+    trained = train_flux(
+        loaded.model, tasks, how, checkpoint=folder / "checkpoint.safetensors", told=told, progress=show
+    )
     architecture, weights = type(loaded.model).__name__, loaded.fingerprint
     if how.backbone_lr > 0:
         loaded.model.save_pretrained(folder / "model")

@@ -97,5 +97,3 @@ def padded(rows: Sequence[tuple[Tensor, Tensor]]) -> Samples:
         ids[i, :end] = torch.cat([prompt, answer])
         scored[i, len(prompt) : end] = True
     return Samples(ids, scored, torch.tensor([len(p) for p, _ in rows]))
-
-

@@ -46,7 +46,9 @@ def hylra_candidates(
     found = ReuseProfile.from_json(journal["hylra.profile"])
     made = plans(found)
     proposed = [
-        Candidate(name, plan.policy(choice(settings), name=name), "per-layer", "hylra" if name == "hylra" else "control")
+        Candidate(
+            name, plan.policy(choice(settings), name=name), "per-layer", "hylra" if name == "hylra" else "control"
+        )
         for name, plan in made.items()
     ]
     kept = {"plans": {name: plan.to_json() for name, plan in made.items()}, "settings": vars(settings)}

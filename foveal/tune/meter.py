@@ -145,7 +145,9 @@ class Meter:
         split = ids.shape[1] - tail
         held = None if policy is None else growing_cache(self.model)
         seen = Kept()
-        with self.under(policy) as handle:  # one for all: what a request decided belongs to the handle that ran its prompt
+        with self.under(
+            policy
+        ) as handle:  # one for all: what a request decided belongs to the handle that ran its prompt
             with PeakMemory(self.device) as peak:
                 out, prefill = self.forward(ids[:, :split], 1, use_cache=True, past_key_values=held)
             cache, rows = out.past_key_values, [out.logits[0, -1:]]

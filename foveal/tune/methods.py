@@ -61,7 +61,7 @@ def side_by_side(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], limi
         (prefill speed of the winner over the runner-up's, minus 1) and ``said``.
     """
     dense = next(r for r in rows if r["name"] == "dense")
-    found = []
+    found: list[dict[str, Any]] = []
     for method in ("uniform", *methods):
         own = [r for r in rows if r["method"] == method] or [dense]
         best = max(own, key=lambda r: (_within(r), r["prefill_speedup"] if _within(r) else -r["ppl_increase"]))
@@ -99,7 +99,11 @@ def as_candidates(results: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     by_name = {c["name"]: c for c in results["candidates"]}
     shown = [
-        {**by_name[r["name"]], "name": r["method"], "verdict": "chosen" if r["method"] == methods["winner"] else _verdict(r)}
+        {
+            **by_name[r["name"]],
+            "name": r["method"],
+            "verdict": "chosen" if r["method"] == methods["winner"] else _verdict(r),
+        }
         for r in rows
     ]
     return {**results, "candidates": shown}

@@ -24,8 +24,8 @@ from .candidates import DENSE, Candidate, dense_by, further, layer_options, unif
 from .figures import BASELINE, NEEDLE_DEPTHS, figures, runs
 from .hylra import hylra_candidates
 from .journal import Journal, write_whole
-from .methods import beside_policy, flux_candidate, side_by_side
 from .meter import DenseLogits, Meter
+from .methods import beside_policy, flux_candidate, side_by_side
 from .options import TuneOptions
 from .search import search
 from .verdict import judge, middle, ratios
@@ -107,7 +107,13 @@ def _search(work: _Work, method: str, proposed: list[Candidate]) -> tuple[list[C
         return more, {"hylra": planned}
     options, rule = work.options, _decode_rule(work, proposed)
     found, policy = search(
-        work.meter, work.search_ids, layer_options(options.context), options.max_ppl_increase, work.journal, rule, work.tick
+        work.meter,
+        work.search_ids,
+        layer_options(options.context),
+        options.max_ppl_increase,
+        work.journal,
+        rule,
+        work.tick,
     )
     # a search that came back to dense adds nothing: dense is a candidate already
     more = [Candidate("per layer", policy, "per-layer", "greedy")] if any(found.picked) else []

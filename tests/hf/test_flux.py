@@ -141,7 +141,10 @@ def test_a_cache_that_another_attention_filled_is_refused(tmp_path):
     model = build("llama")
     with torch.no_grad():
         cache = model(input_ids=tokens(1, 9), use_cache=True).past_key_values
-    with foveal.attach(model, routed(model, tmp_path)), pytest.raises(UnsupportedError, match="not known after 9 tokens"):
+    with (
+        foveal.attach(model, routed(model, tmp_path)),
+        pytest.raises(UnsupportedError, match="not known after 9 tokens"),
+    ):
         logits(model, tokens(1, 1), past_key_values=cache)
 
 
@@ -159,7 +162,10 @@ def test_a_router_for_another_model_is_refused(tmp_path):
 
 def test_models_without_a_projection_of_queries_are_refused(tmp_path):
     model = build("gpt2")
-    with foveal.attach(model, routed(model, tmp_path)), pytest.raises(UnsupportedError, match="'flux' needs pre_rope_q"):
+    with (
+        foveal.attach(model, routed(model, tmp_path)),
+        pytest.raises(UnsupportedError, match="'flux' needs pre_rope_q"),
+    ):
         logits(model, tokens(1, 9))
     assert query_output(torch.nn.Linear(1, 1)) is None
 

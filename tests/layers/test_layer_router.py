@@ -98,7 +98,9 @@ def test_identity_8_what_the_router_reads() -> None:
 def test_pooling_is_the_mean_of_first_and_last(length: int, pool: int, before: int, after: int) -> None:
     q = torch.randn(1, 3, before + length + after, 4, generator=generator(length * 31 + pool), dtype=torch.float64)
     inside = q[:, :, before : before + length].mean(1)[0]
-    both = torch.cat([inside[: min(pool, length)], inside[max(length - pool, 0) :]])  # short prompts: clamped, counted twice
+    both = torch.cat(
+        [inside[: min(pool, length)], inside[max(length - pool, 0) :]]
+    )  # short prompts: clamped, counted twice
     got = pooled_queries(q, pool, torch.tensor([[before, before + length]]))
     assert torch.allclose(got[0].double(), both.mean(0), atol=1e-6)
 

@@ -14,7 +14,12 @@ from foveal.patterns import Dense, MoBA, SlidingWindow, TokenTopK, XAttention
 from foveal.patterns.by_rows import by_rows
 from tests.support import Host, assert_close, context, run, tensors
 
-BLOCKS = (Dense(), SlidingWindow(5, 2), SlidingWindow(130, 3, block=13), XAttention(Budget(mass=0.5), stride=4, block=128))
+BLOCKS = (
+    Dense(),
+    SlidingWindow(5, 2),
+    SlidingWindow(130, 3, block=13),
+    XAttention(Budget(mass=0.5), stride=4, block=128),
+)
 LISTS = (Dense(), SlidingWindow(5, 2), TokenTopK(Budget(tokens=9)))
 PREFILL = [Host(n, n, pads=((0, 0), (7, 0), (0, 0))) for n in (40, 127, 128, 129, 200)]
 DECODE = Host(1, 50, pads=((0, 0), (9, 0), (0, 0)), after=49)

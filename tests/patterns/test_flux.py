@@ -171,11 +171,13 @@ def test_every_option_runs_by_rows_and_decodes(model, files, full, sparse):
         rules = tuple((j, Rule(full if f else sparse)) for j, f in enumerate(made.full[:, i].tolist()))
         own = Memory()
         assert torch.allclose(ran(model, ids()[i : i + 1], Policy(layers=rules), own)[0][0], out[i], atol=1e-12)
-        assert torch.allclose(ran(model, ids(6, 1, seed=9)[i : i + 1], Policy(layers=rules), own)[0][0], step[i], atol=1e-12)
+        assert torch.allclose(
+            ran(model, ids(6, 1, seed=9)[i : i + 1], Policy(layers=rules), own)[0][0], step[i], atol=1e-12
+        )
 
 
 def test_rows_that_cannot_share_a_call_are_refused(model, files):
-    with pytest.raises(UnsupportedError, match="routed differently.*Groups"):
+    with pytest.raises(UnsupportedError, match=r"routed differently.*Groups"):
         ran(model, ids(), flux(files, sparse=MoBA(4, 1)))
 
 
@@ -253,7 +255,7 @@ def test_foreign_routers_are_refused(files, tmp_path):
     LayerRouters(DEPTH, 8).save(tmp_path / "own", model="a" * 64, architecture="Some")
     pattern = Flux.of_file(tmp_path / "own")
     pattern.check_model(lambda: "a" * 64, DEPTH)
-    with pytest.raises(ConfigError, match="weights aaaaaaaaaaaa .Some. and this model's are bbbbbbbbbbbb"):
+    with pytest.raises(ConfigError, match=r"weights aaaaaaaaaaaa .Some. and this model's are bbbbbbbbbbbb"):
         pattern.check_model(lambda: "b" * 64, DEPTH)
     (tmp_path / "other").write_bytes(files["full"].read_bytes())
     with pytest.raises(ConfigError, match="Give router_sha256"):

@@ -45,7 +45,8 @@ def test_all_methods_in_one_run(folder, router, tmp_path, monkeypatch):
     lines = (tmp_path / "out" / "journal.jsonl").read_text().splitlines()
     ticks: list[tuple[int, int]] = []
     results = run_tune(
-        TuneOptions(**given, method="all", router=str(router)), report=lambda what, done, total: ticks.append((done, total))
+        TuneOptions(**given, method="all", router=str(router)),
+        report=lambda what, done, total: ticks.append((done, total)),
     )
     after = (tmp_path / "out" / "journal.jsonl").read_text().splitlines()
     assert after[: len(lines)] == lines and len(after) > len(lines), "what was measured is kept and goes on"
@@ -98,7 +99,12 @@ def test_the_fastest_within_the_limits_wins():
         row("h", "hylra", 2.5, 0.07, OVER), row("even", "control", 9.0, 0.0),
     ]  # fmt: skip
     got = side_by_side(rows, ("greedy", "hylra", "flux"), 0.01)
-    assert [(r["method"], r["name"]) for r in got["rows"]] == [("greedy", "p"), ("uniform", "w"), ("flux", "dense"), ("hylra", "h")]
+    assert [(r["method"], r["name"]) for r in got["rows"]] == [
+        ("greedy", "p"),
+        ("uniform", "w"),
+        ("flux", "dense"),
+        ("hylra", "h"),
+    ]
     assert got["winner"] == "greedy" and got["runner_up"] == "uniform" and got["margin"] == pytest.approx(0.2)
     assert got["said"].startswith("greedy wins with p: 1.80× dense at +0.90 % perplexity, 20% faster than uniform")
     assert [r["within"] for r in got["rows"]] == [True, True, True, False]
@@ -113,12 +119,22 @@ def test_nobody_wins_when_nothing_beats_dense():
 
 
 def test_the_plot_has_one_mark_per_method():
-    rows = [DENSE, row("w", "uniform", 1.5, 0.008), row("p", "greedy", 1.8, 0.009, "chosen"), row("h", "hylra", 2.5, 0.07, OVER)]
+    rows = [
+        DENSE,
+        row("w", "uniform", 1.5, 0.008),
+        row("p", "greedy", 1.8, 0.009, "chosen"),
+        row("h", "hylra", 2.5, 0.07, OVER),
+    ]
     results = {"candidates": rows, "baseline": {"name": "sdpa"}, "max_ppl_increase": 0.01, "chosen": "p"}
     assert as_candidates(results) is None
     results["methods"] = side_by_side(rows, ("greedy", "hylra"), 0.01)
     plot = pareto(as_candidates(results))
-    assert {(m.name, m.kind) for m in plot.marks} == {("uniform", "allowed"), ("greedy", "chosen"), ("hylra", "over"), ("sdpa", "baseline")}
+    assert {(m.name, m.kind) for m in plot.marks} == {
+        ("uniform", "allowed"),
+        ("greedy", "chosen"),
+        ("hylra", "over"),
+        ("sdpa", "baseline"),
+    }
     assert methods_table({**results, "methods": side_by_side(rows, (), 0.01)}) is None
 
 

@@ -36,15 +36,15 @@ DIM, DEPTH, HEADS, WINDOW = 128, 6, 4, 32
 LENGTH, PAIRS, ASKED, WORDS = 256, 32, 8, 64
 TARGETS = (0.4, 1.0)
 SEEDS = 2
-STAGES = (Stage(200, 4, 17), Stage(30, 8, 49), Stage(30, 12, 97), Stage(30, 18, 145), Stage(80, PAIRS, LENGTH, 4096))
-"""Curriculum of the retrieval task; every step also has as many tokens of the chain."""
+STAGES = (Stage(200, 4, 17), Stage(30, 8, 49), Stage(30, 12, 97), Stage(30, 18, 145), Stage(80, PAIRS, LENGTH, 3072))
+"""Curriculum of the retrieval task; every step also has a quarter as many tokens of the chain."""
 ROUTING = FluxTraining(
-    steps=250, rows=8, pool=32, sparse=SlidingWindow(WINDOW), mode="st", lr=3e-3, multiplier_lr=1e-2, weight_decay=0.01
+    steps=250, rows=4, pool=32, sparse=SlidingWindow(WINDOW), mode="st", lr=3e-3, multiplier_lr=1e-2, weight_decay=0.01
 )
-HELD_OUT = 96
+HELD_OUT = 64
 """Samples per task that are judged, from a seed of their own."""
-SEPARATION, KEPT = 0.3, 0.95
-"""What the criterion asks for: difference of the sparse shares, and accuracy over dense's."""
+SEPARATION, KEPT, CAPABLE = 0.3, 0.95, 0.9
+"""What the criterion asks for: difference of the sparse shares, accuracy over dense's, and the accuracy that dense must have at all."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def language_model(seed: int, stages: Sequence[Stage] = STAGES) -> DecoderLM:
     def loss(step: int, generator: torch.Generator) -> Tensor:
         stage = stage_of(step, tuple(stages))
         task = batch(stage, generator)
-        local = markov(max(1, stage.tokens // stage.length // 2), stage.length, generator, table=chain)
+        local = markov(max(1, stage.tokens // stage.length // 4), stage.length, generator, table=chain)
         return model.loss(task.ids, task.answer) + 0.5 * model.loss(local.ids, local.answer)
 
     fit(model, loss, sum(stage.steps for stage in stages), lr=2e-3, seed=seed)
@@ -160,12 +160,13 @@ def measure_separation(*, seed: int = 0, out: Path | None = None) -> dict[str, A
     gaps = [e["routed"].sparse[1] - e["routed"].sparse[0] for e in found]
     kept = [e["routed"].accuracy / max(e["dense"].accuracy, 1e-9) for e in found]
     numbers = {
-        "ours": f"sparse share {fmean(gaps):+.2f} on local text against retrieval at {fmean(kept):.3f} × dense accuracy (worst seed {min(gaps):+.2f}, {min(kept):.3f})",
+        "ours": f"sparse share {fmean(gaps):+.2f} on local text against retrieval at {fmean(kept):.3f} × dense accuracy {fmean(e['dense'].accuracy for e in found):.3f} (worst seed {min(gaps):+.2f}, {min(kept):.3f})",
         "seeds": [{"dense": _row(e["dense"]), "routed": _row(e["routed"])} for e in found],
         **_setting(),
     }
-    good = min(gaps) >= SEPARATION and min(kept) >= KEPT
-    verdict = "reproduced" if good else "direction holds" if min(gaps) > 0 and min(kept) >= KEPT else "not reproduced"
+    capable = min(e["dense"].accuracy for e in found) >= CAPABLE
+    direction = min(gaps) > 0 and min(kept) >= KEPT and capable
+    verdict = "not reproduced" if not direction else "reproduced" if min(gaps) >= SEPARATION else "direction holds"
     return write_result("flux", "input-dependent-ratio", verdict, numbers, seed=seed, out=out)
 
 
@@ -185,7 +186,8 @@ def best_static(found: dict[str, Any]) -> tuple[Scores, Scores | None]:
 def measure_static(*, seed: int = 0, out: Path | None = None) -> dict[str, Any]:
     """Claim ``routing-beats-static-layers``."""
     found = [experiment(s) for s in range(seed, seed + SEEDS)]
-    rows, better, worse = [], 0, 0
+    rows: list[dict[str, Any]] = []
+    better = worse = 0
     for e in found:
         equal, dearer = best_static(e)
         better += equal.accuracy < e["routed"].accuracy
@@ -198,14 +200,15 @@ def measure_static(*, seed: int = 0, out: Path | None = None) -> dict[str, Any]:
         "ours": "; ".join(
             f"accuracy {r['routed']['accuracy']:.3f} routed at {r['routed']['attended']:.2f} of the pairs, "
             f"{r['best_static']['accuracy']:.3f} best static at {r['best_static']['attended']:.2f}"
-            for r in rows  # type: ignore[index]
+            for r in rows
         ),
         "seeds": rows,
         "routing_more_accurate": better,
         "static_more_accurate": worse,
         **_setting(),
     }
-    return write_result("flux", "routing-beats-static-layers", "not reproduced" if worse else "reproduced", numbers, seed=seed, out=out)  # fmt: skip
+    capable = min(e["dense"].accuracy for e in found) >= CAPABLE
+    return write_result("flux", "routing-beats-static-layers", "not reproduced" if worse or not capable else "reproduced", numbers, seed=seed, out=out)  # fmt: skip
 
 
 def main() -> None:
