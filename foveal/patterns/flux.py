@@ -47,8 +47,9 @@ class Flux(Pattern):
     """Full or sparse attention, decided by the layer's router at prefill and kept for decoding.
 
     Attributes:
-        router: safetensors file of the routers of all layers (``foveal train flux``). router_sha256: its digest; another file under
-            this name is refused, and so is another model than the one that the routers were trained for.
+        router: safetensors file of the routers of all layers (``foveal train flux``); another model than the one that they were trained
+            for is refused.
+        router_sha256: SHA-256 of that file; another file under this name is refused.
         sparse: what a sparse layer keeps; default one sink block and 16 local blocks of 128 tokens.
         full: what a full layer keeps; default everything. ``XAttention`` gives the authors' sparse–sparse hybrid.
 
