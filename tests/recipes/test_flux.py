@@ -11,8 +11,7 @@ from foveal.core.errors import ConfigError, DataError, UnsupportedError
 from foveal.layers.layer_router import LayerRouters
 from foveal.models import DecoderLM, shifted_factory
 from foveal.patterns import BlockTopK, Dense, Flux, SlidingWindow
-from foveal.policies import Policy, Rule
-from foveal.recipes.flux import FluxTraining, RoutedTask, Samples, sample_losses, train_flux
+from foveal.recipes.flux import FluxTraining, RoutedTask, sample_losses, train_flux
 from foveal.recipes.flux_hosts import host_of
 from foveal.recipes.flux_tasks import LOCAL, RETRIEVAL, padded, synthetic_tasks, text_tasks
 from tests.hf.models import build
@@ -249,6 +248,3 @@ def test_content_based_branches_train_too():
 
     how = replace(HOW, steps=2, sparse=BlockTopK(Budget(tokens=8), q_block=4, kv_block=4))
     assert len(train_flux(decoder(), tasks(), how).history) == 2
-    assert isinstance(Policy.uniform(how.sparse).rule(0), Rule) and isinstance(
-        tasks()[0].draw(1, torch.Generator()), Samples
-    )
