@@ -86,7 +86,10 @@ def generate(
             streamer=clock,
             logits_processor=LogitsProcessorList([Finite()]),
         )
+        routed = None if policy is None else handle.decisions()
     made = out[0, len(ids) :]
+    if routed is not None:
+        note(f"routed: {routed}")
     note(_summary(len(ids), clock.times, policy))
     return str(loaded.tokenizer.decode(made, skip_special_tokens=True))
 

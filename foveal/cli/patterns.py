@@ -23,8 +23,10 @@ _EXAMPLES = {
     "Budget": {"density": 0.125},
     "tuple[int, ...] | None": [64, 64],
     "int | tuple[int, ...]": 16,
+    "router": "out/router.safetensors",
+    "router_sha256": "…",
 }
-"""Values for required fields, by declared type."""
+"""Values for required fields, by name or declared type."""
 
 
 def patterns(
@@ -194,7 +196,7 @@ def example(cls: type[Pattern]) -> dict[str, Any]:
     out: dict[str, Any] = {"pattern": cls.registered_name}
     for f in dataclasses.fields(cls):
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            out[f.name] = _EXAMPLES[_type(f)]
+            out[f.name] = _EXAMPLES[f.name] if f.name in _EXAMPLES else _EXAMPLES[_type(f)]
     return out
 
 

@@ -1,4 +1,4 @@
-"""``foveal train-vlm``: the projector and adapters of the small vision-language model."""
+"""``foveal train vlm``: the projector and adapters of the small vision-language model."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ def vlm(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("train-vlm")(vlm)
+    app.command("vlm")(vlm)

@@ -35,7 +35,12 @@ def tune(
     seed: Annotated[int, typer.Option(help="Chooses text spans, needles and sampled rows.")] = 0,
     decode_tokens: Annotated[int, typer.Option(help="Tokens scored one by one through the cache.")] = 256,
     search: Annotated[bool, typer.Option(help="Also search a policy layer by layer.")] = True,
-    method: Annotated[str, typer.Option(help="How the search finds a policy: greedy or hylra.")] = "greedy",
+    method: Annotated[
+        str, typer.Option(help="How the search finds a policy: greedy, hylra, flux, or all, side by side.")
+    ] = "greedy",
+    router: Annotated[
+        Path | None, typer.Option(help="Routers from foveal train flux, for the methods flux and all.")
+    ] = None,
     search_texts: Annotated[
         int, typer.Option(help="Pieces of the text that a searched policy must hold on, as far as the text reaches.")
     ] = 2,
@@ -53,6 +58,7 @@ def tune(
     """
     share = fraction(max_ppl_increase)
     from ..tune import TuneOptions, run_tune
+    from ..tune.methods import methods_table
     from ..tune.table import table
     from .guard import note, output
     from .progress import bar
@@ -70,6 +76,7 @@ def tune(
         decode_tokens=decode_tokens,
         search=search,
         method=method,
+        router=str(router) if router else "",
         search_texts=search_texts,
         trust_remote_code=trust_remote_code,
         patterns=tuple(name.strip() for name in patterns.split(",") if name.strip()),
@@ -77,6 +84,9 @@ def tune(
     with bar() as report:
         results = run_tune(options, report, note)
     output().print(table(results))
+    beside = methods_table(results)
+    if beside is not None:
+        output().print(beside)
     for name in ("report.html", "results.json", "policy.json"):
         if (out / name).is_file():
             typer.echo(out / name)

@@ -20,6 +20,7 @@ from ..patterns import Pattern
 from ..policies.policy import Rule
 from .interventions import Moment, intervene
 from .masks import HostMask, base_from_tensor
+from .queries import unrotated
 from .recompute import Forgotten, in_backward
 from .requests import cache_keys
 
@@ -189,7 +190,7 @@ def attend(
     context = SelectContext(
         base=base, layer_index=index, layer_name=site.name, num_layers=handle.num_layers, role="cross" if cross else "self",
         q_offset=q_offset, scale=float(scale), positions=around.position_ids, hidden_states=around.hidden_states,
-        earlier=_earlier(handle, mask, index),
+        pre_rope_q=unrotated(handle.live.queries.pop(module, None), query), earlier=_earlier(handle, mask, index),
     )  # fmt: skip
     rule = Rule() if cross else handle.policy.rule(index)
     parts: Parts
@@ -323,7 +324,7 @@ def _select_and_compute(
     pattern = rule.pattern(ctx.decoding)
     _check_needs(pattern, ctx)
     slot = (ctx.layer_index, span)
-    state = handle.requests.get(around.cache, slot, ctx.q_offset, around.keys_before)
+    state = handle.requests.get(around.cache, slot, ctx.q_offset, around.keys_before, pattern.after_move)
     with torch.no_grad():
         layout, state = pattern.select(call.q.detach(), call.k.detach(), ctx, state)
     seen = ctx.q_offset + call.base.q_len

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
@@ -16,10 +17,13 @@ from ..core.density import Density
 from ..core.errors import ConfigError, UnsupportedError
 from ..kernels.dispatch import IMPLEMENTATIONS
 from ..patterns import Pattern
+from ..patterns.flux import Decisions, decisions
 from ..policies.policy import Policy
 from . import families, interface, recompute
+from .fingerprint import fingerprint
 from .forward import OUTPUT_ATTENTIONS, AttentionEvent, Forward, Surroundings
 from .interventions import Act, Intervention
+from .queries import tap
 from .requests import RequestStates, cache_keys
 
 Probe = Callable[[AttentionEvent], None]
@@ -33,6 +37,7 @@ class Live(threading.local):
         self.forward = Forward()
         self.surroundings: dict[nn.Module, Surroundings] = {}
         self.reached: set[nn.Module] = set()
+        self.queries: dict[nn.Module, Tensor] = {}
         self.depth = 0
 
 
@@ -58,6 +63,9 @@ class Handle:
         self.shared = self.num_layers > sum(s.index >= 0 for s in found)
         policy.check_fits(self.num_layers, type(model).__name__)
         self.host: HostAttention | None = None
+        digest = functools.cache(lambda: fingerprint(model))
+        for pattern in policy.patterns():
+            pattern.check_model(digest, self.num_layers)
         self.requests = RequestStates()
         self.live = Live()
         self.measured: dict[str, dict[int, Density]] = {}
@@ -90,6 +98,8 @@ class Handle:
                     site.module.register_forward_pre_hook(self._before_attention, with_kwargs=True, prepend=True)
                 )
                 self._hooks.append(site.module.register_forward_hook(self._after_attention))
+                if any("pre_rope_q" in pattern.needs for pattern in self.policy.patterns()):
+                    self._hooks += tap(site.module, self._keep_queries)
             for owner in owners:
                 self._hooks.append(owner.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True))
                 self._hooks.append(owner.register_forward_hook(self._after_model, always_call=True))
@@ -201,6 +211,11 @@ class Handle:
                 "Run this model without foveal."
             )
 
+    @torch.compiler.disable
+    def _keep_queries(self, module: nn.Module, q: Tensor) -> None:
+        if self._top(module):
+            self.live.queries[module] = q
+
     def _top(self, module: nn.Module | None = None) -> bool:
         """Whether this handle is the innermost one on the model."""
         module = next(iter(self.sites)) if module is None else module
@@ -242,6 +257,10 @@ class Handle:
     def density(self, phase: str = "prefill") -> Density:
         """The sum of :meth:`densities` over layers."""
         return sum(self.densities(phase).values(), Density(0, 0, 0.0, 0.0))
+
+    def decisions(self) -> Decisions | None:
+        """What the routers of a Flux policy decided for the request of the last forward in this thread; None without a router."""
+        return decisions(self.live.forward.selections)
 
     @contextmanager
     def probing(self, probe: Probe) -> Iterator[Self]:

@@ -126,16 +126,20 @@ class SelfAttention(nn.Module):
         sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1))
         turn = run.turn(self.head_dim, self.rope_base)
+        before = q
         q, k = rotate(q, turn), rotate(k, turn)
-        out = attend_layer(run, self.layer_index, x, q, k, v)
+        out = attend_layer(run, self.layer_index, x, q, k, v, pre_rope_q=before)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
-def attend_layer(run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_layer(
+    run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, pre_rope_q: Tensor | None = None
+) -> Tensor:
     """Attention of one layer under the pass's policy or operator, and its memory: ``(B, H, N, D)``.
 
     Args:
         x: ``(B, N, dim)`` what entered the layer. q: ``(B, H, N, D)``; k, v: ``(B, Hkv, N, D)`` of the new tokens.
+        pre_rope_q: ``(B, H, N, D)`` queries before rotation, where the layer has them.
     """
     offset, states = 0, run.states
     if run.memory is not None:
@@ -146,7 +150,7 @@ def attend_layer(run: Pass, layer_index: int, x: Tensor, q: Tensor, k: Tensor, v
         run.memory.keys[layer_index], run.memory.values[layer_index] = k, v
     ctx = SelectContext(
         base=run.base, layer_index=layer_index, layer_name=f"layers.{layer_index}", num_layers=run.num_layers,
-        q_offset=offset, hidden_states=x, grid=run.grid, step=run.step, earlier=run.selections,
+        q_offset=offset, hidden_states=x, pre_rope_q=pre_rope_q, grid=run.grid, step=run.step, earlier=run.selections,
     )  # fmt: skip
     if isinstance(run.policy, Operator):
         if run.measuring:

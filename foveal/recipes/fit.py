@@ -61,7 +61,7 @@ def fit(
     setting: dict[str, Any] = {
         "steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "seed": seed, **(told or {})
     }  # fmt: skip
-    losses = [] if checkpoint is None else _resume(Path(checkpoint), named, optimizer, setting)
+    losses = [] if checkpoint is None else resume_training(Path(checkpoint), named, optimizer, setting)
     model.train()
     for step in range(len(losses), steps):
         rate = min(1.0, (step + 1) / max(warmup, 1))
@@ -81,7 +81,7 @@ def fit(
         if progress is not None:
             progress(step + 1, steps, losses[-1])
         if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == steps):
-            _save(Path(checkpoint), named, optimizer, setting, losses)
+            save_training(Path(checkpoint), named, optimizer, setting, losses)
     model.eval()
     return losses
 
@@ -92,9 +92,10 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _save(
-    path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, Any], losses: list[float]
+def save_training(
+    path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, Any], losses: list[Any]
 ) -> None:  # fmt: skip
+    """Write parameters, optimiser and what every step said (JSON values) into a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {f"model/{name}": p.detach().cpu().contiguous() for name, p in named}
@@ -106,9 +107,14 @@ def _save(
     part.replace(path)
 
 
-def _resume(
+def resume_training(
     path: Path, named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, setting: dict[str, Any]
-) -> list[float]:
+) -> list[Any]:
+    """Read what :func:`save_training` wrote into parameters and optimiser; what the steps said, [] where there is no file.
+
+    Raises:
+        ConfigError: a checkpoint of other settings or another model, or one that cannot be read.
+    """
     if not path.is_file():
         return []
     from safetensors import SafetensorError, safe_open
@@ -132,5 +138,5 @@ def _resume(
             optimizer.state[p] = {
                 key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else p.device) for key in keys
             }
-    losses: list[float] = made["losses"]
+    losses: list[Any] = made["losses"]
     return losses

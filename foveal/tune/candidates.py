@@ -26,12 +26,15 @@ class Candidate:
     Attributes:
         name: unique, shown in tables.
         policy: what runs.
-        kind: ``"uniform"`` (one pattern in all layers), ``"per-layer"``, or ``"baseline"``.
+        kind: ``"uniform"`` (one pattern in all layers), ``"per-layer"``, ``"routed"`` (decided for each prompt), or ``"baseline"``.
+        method: how it was found: ``"uniform"``, ``"greedy"``, ``"hylra"``, ``"flux"``, ``"dense"``, or ``"control"`` for what is only
+            compared with.
     """
 
     name: str
     policy: Policy
     kind: str = "uniform"
+    method: str = "uniform"
 
 
 def patterns(context: int) -> list[tuple[str, Pattern]]:
@@ -94,8 +97,8 @@ def uniform(context: int) -> list[Candidate]:
 def dense_by(impl: str) -> Candidate:
     """Dense attention by one of foveal's own kernels: no loss, perhaps faster than the model's own."""
     name = f"dense ({impl})"
-    return Candidate(name, Policy.uniform(Dense(), name=name))
+    return Candidate(name, Policy.uniform(Dense(), name=name), method="dense")
 
 
-DENSE = Candidate("dense", Policy.uniform(Dense(), name="dense"), "baseline")
+DENSE = Candidate("dense", Policy.uniform(Dense(), name="dense"), "baseline", "dense")
 """The model's own attention: chosen when nothing beats it."""

@@ -54,7 +54,7 @@ def _dense_row(baseline: dict[str, Any], informative: bool) -> dict[str, Any]:
         ("density", "tile_density", "decode_density", "prefill_speedup", "decode_speedup", "peak_ratio"), 1.0
     )
     return {
-        "name": DENSE.name, "kind": DENSE.kind, "policy": DENSE.policy.to_json(), "look_ahead": "none", **ones, **same,
+        "name": DENSE.name, "kind": DENSE.kind, "method": DENSE.method, "policy": DENSE.policy.to_json(), "look_ahead": "none", **ones, **same,
         "ppl": baseline["ppl"], "decode_ppl": baseline["decode_ppl"], "needle": baseline["needle"] if informative else "uninformative",
         "needle_hits": baseline["needle_hits"],
     }  # fmt: skip
@@ -77,6 +77,7 @@ def _row(
     return {
         "name": candidate.name,
         "kind": candidate.kind,
+        "method": candidate.method,
         "policy": candidate.policy.to_json(),
         "look_ahead": _look_ahead(candidate.policy),
         "density": quality["density"],

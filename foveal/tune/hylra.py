@@ -45,6 +45,11 @@ def hylra_candidates(
         journal.put("hylra.profile", found.to_json())
     found = ReuseProfile.from_json(journal["hylra.profile"])
     made = plans(found)
-    proposed = [Candidate(name, plan.policy(choice(settings), name=name), "per-layer") for name, plan in made.items()]
+    proposed = [
+        Candidate(
+            name, plan.policy(choice(settings), name=name), "per-layer", "hylra" if name == "hylra" else "control"
+        )
+        for name, plan in made.items()
+    ]
     kept = {"plans": {name: plan.to_json() for name, plan in made.items()}, "settings": vars(settings)}
     return proposed, {**kept, "profile": found.to_json()}

@@ -18,6 +18,7 @@ from ..core.errors import ModelError
 from ..data.needle import Needles, retrieve
 from ..hf import AttentionEvent, attach
 from ..hf.growing import growing_cache
+from ..hf.handle import Handle
 from ..kernels.dispatch import explain
 from ..policies.policy import Policy
 
@@ -80,12 +81,13 @@ class Meter:
         return explain(q, k, k, causal=True).impl
 
     @contextlib.contextmanager
-    def under(self, policy: Policy | None, probes: tuple[Any, ...] = ()) -> Iterator[None]:
+    def under(self, policy: Policy | None, probes: tuple[Any, ...] = ()) -> Iterator[Handle | None]:
         """The model with ``policy`` attached, in inference mode."""
         with torch.inference_mode(), contextlib.ExitStack() as stack:
+            handle = None
             if policy is not None:
-                stack.enter_context(attach(self.model, policy, impl=self.impl, probes=probes))
-            yield
+                handle = stack.enter_context(attach(self.model, policy, impl=self.impl, probes=probes))
+            yield handle
 
     def forward(self, ids: Tensor, keep: int, **kwargs: Any) -> tuple[Any, float]:
         """A forward that keeps the last ``keep`` logits (0: all), and the seconds until its hidden states stood."""
@@ -142,7 +144,10 @@ class Meter:
         ids = needles.context[None]
         split = ids.shape[1] - tail
         held = None if policy is None else growing_cache(self.model)
-        with self.under(policy):
+        seen = Kept()
+        with self.under(
+            policy
+        ) as handle:  # one for all: what a request decided belongs to the handle that ran its prompt
             with PeakMemory(self.device) as peak:
                 out, prefill = self.forward(ids[:, :split], 1, use_cache=True, past_key_values=held)
             cache, rows = out.past_key_values, [out.logits[0, -1:]]
@@ -152,13 +157,10 @@ class Meter:
                 rows.append(out.logits[0, -1:])
             seconds = self._now() - start
             nll = losses(torch.cat(rows), ids[0, split:].to(self.device), what)
-        seen = Kept()
-        with self.under(policy, (seen,)):
-            self.model(input_ids=ids[:, -1:].to(self.device), past_key_values=cache, use_cache=True)
-        kept = seen.total()
-        with self.under(policy):
+            with contextlib.nullcontext() if handle is None else handle.probing(seen):
+                self.model(input_ids=ids[:, -1:].to(self.device), past_key_values=cache, use_cache=True)
             hits = retrieve(self.model, needles, cache)
-        return Decoding(prefill, seconds / (tail - 1), nll, peak.extra_mb, hits, kept)
+        return Decoding(prefill, seconds / (tail - 1), nll, peak.extra_mb, hits, seen.total())
 
     def prefill(self, ids: Tensor, policy: Policy | None) -> float:
         """Seconds of one prefill of ``ids`` ``(1, N)`` with a cache."""

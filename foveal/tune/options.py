@@ -11,7 +11,8 @@ from ..core.errors import ConfigError, nearest
 from ..core.serial import check_range, check_types
 from .candidates import FURTHER
 
-METHODS = ("greedy", "hylra")
+METHODS = ("greedy", "hylra", "flux")
+"""How a policy is found, in the order in which they run; "all" is all of them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class TuneOptions:
         decode_tokens: tokens scored one by one through the cache.
         search: also search a policy layer by layer.
         method: how the policy of the search is found, ``"greedy"`` (options scored layer by layer, a knapsack) or ``"hylra"`` (layers
-            that reuse an earlier layer's choice, planned from a profile). What one run measured serves the other.
+            that reuse an earlier layer's choice, planned from a profile), ``"flux"`` (routers that decide for each prompt, from
+            ``router``), or ``"all"``: these side by side, flux where there is a router. What one run measured serves the others.
+        router: file of trained routers (``foveal train flux``), for flux.
         search_texts: on how many disjoint pieces of the text, at most; the policy must stay inside the limit on each of them.
         trust_remote_code: let a checkpoint run code of its own.
         patterns: further patterns to measure in all layers, names of :data:`foveal.tune.candidates.FURTHER`; they take no part in the
@@ -51,6 +54,7 @@ class TuneOptions:
     search_texts: int = 2
     trust_remote_code: bool = False
     patterns: tuple[str, ...] = ()
+    router: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -58,8 +62,16 @@ class TuneOptions:
         check_range(self, "seed", low=0)
         check_range(self, "decode_tokens", low=2)
         check_range(self, "search_texts", low=1)
-        if self.method not in METHODS:
-            raise ConfigError(f"method is {self.method!r}. {nearest(self.method, METHODS)}")
+        if self.method not in (*METHODS, "all"):
+            raise ConfigError(f"method is {self.method!r}. {nearest(self.method, (*METHODS, 'all'))}")
+        if self.method == "flux" and not self.router:
+            raise ConfigError(
+                "method 'flux' needs trained routers: pass --router FILE. Make them with `foveal train flux MODEL --out DIR`."
+            )
+        if self.router and "flux" not in self.methods:
+            raise ConfigError(
+                f"router is {self.router!r} with {'method ' + repr(self.method) if self.search else 'no search'}; expected method 'flux' or 'all'."
+            )
         for name in self.patterns:
             if name not in FURTHER:
                 raise ConfigError(f"patterns has {name!r}. {nearest(name, FURTHER)}")
@@ -71,6 +83,15 @@ class TuneOptions:
             raise ConfigError(f"decode_tokens is {self.decode_tokens} and context {self.context}; expected at most half of the context. Pass a longer --context.")  # fmt: skip
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """The searches that run, in order."""
+        if not self.search:
+            return ()
+        if self.method != "all":
+            return (self.method,)
+        return tuple(m for m in METHODS if m != "flux" or self.router)
+
+    @property
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.out)
@@ -80,6 +101,6 @@ class TuneOptions:
         said = {
             k: v
             for k, v in asdict(self).items()
-            if k not in ("out", "max_ppl_increase", "search", "method", "patterns")
+            if k not in ("out", "max_ppl_increase", "search", "method", "patterns", "router")
         }
         return hashlib.sha256(json.dumps({**said, **measured}, sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.errors import DataError, UnsupportedError
 from .heat import DARK, LIGHT, profile_heats, ramp, search_heats
+from .methods import as_candidates
 from .plots import KINDS, pareto, pareto_png
 from .table import GAP, MISSING, decode_gap, figure, finite, interval, needle, ordered, percent, small, table
 
@@ -63,6 +64,7 @@ def render(results: Mapping[str, Any]) -> str:
         chosen=chosen,
         headline=headline(results),
         candidates=ordered(results),
+        methods=_both(shown, "prefill") if (shown := as_candidates(results)) else None,
         plots=[p for what in ("prefill", "decode") if (p := _both(results, what))],
         policy_rows=policy_rows(chosen.get("policy") or {}, (results.get("model_info") or {}).get("layers")),
         policy_json=json.dumps(chosen.get("policy"), indent=2, ensure_ascii=False),

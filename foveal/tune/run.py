@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..core.provenance import provenance
 from ..data import needle, text
+from ..hf.families import depth, sites
 from ..hf.load import LoadedModel, load_model
 from ..lens.model import profile_model
 from ..patterns import Pattern
@@ -24,8 +25,9 @@ from .figures import BASELINE, NEEDLE_DEPTHS, figures, runs
 from .hylra import hylra_candidates
 from .journal import Journal, write_whole
 from .meter import DenseLogits, Meter
+from .methods import beside_policy, flux_candidate, side_by_side
 from .options import TuneOptions
-from .search import Found, search
+from .search import search
 from .verdict import judge, middle, ratios
 
 FINALISTS = 2
@@ -76,39 +78,46 @@ def run_tune(
     kernel = work.meter.dense_kernel(options.context)
     proposed = [*([] if kernel == BASELINE else [dense_by(kernel)]), *uniform(options.context)]
     proposed += further(options.patterns, options.context)
-    layers = _layers(work)
-    texts = len(work.search_ids)
-    steps = layers + 4 if options.method == "hylra" else (texts + 1) * layers + 4
-    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + (steps if options.search else 0)
+    routed = [flux_candidate(options.router, work.loaded.fingerprint, _layers(work))] if options.router else []
+    layers, texts = _layers(work), len(work.search_ids)
+    steps = {"greedy": (texts + 1) * layers + 4, "hylra": layers + 4, "flux": 2}
+    work.total = 2 * (len(proposed) + 1) + FINALISTS + 2 + sum(steps[name] for name in options.methods)
     profile = _profile(work)
     _measure(work, proposed)
-    found: Found | None = None
-    planned: dict[str, Any] | None = None
-    if options.search and options.method == "hylra":
-        more, planned = hylra_candidates(work.meter, work.search_ids[:1], work.journal, work.tick)
+    searched: dict[str, Any] = {"search": None, "hylra": None}
+    for name in options.methods:
+        more, said = (routed, {}) if name == "flux" else _search(work, name, proposed)
+        searched |= said
         proposed = [*proposed, *more]
         _measure(work, more)
-    elif options.search:
-        found, policy = search(
-            work.meter,
-            work.search_ids,
-            layer_options(options.context),
-            options.max_ppl_increase,
-            work.journal,
-            _decode_rule(work, proposed),
-            work.tick,
-        )
-        if any(found.picked):  # otherwise the search came back to dense, which is a candidate already
-            proposed = [*proposed, Candidate("per layer", policy, "per-layer")]
-            _measure(work, proposed[-1:])
     rows, baseline, informative = figures(work.journal, proposed)
     judge(rows, baseline, options.max_ppl_increase, informative)
     _again(work, proposed, rows)
     rows, baseline, informative = figures(work.journal, proposed)
     chosen, why = judge(rows, baseline, options.max_ppl_increase, informative)
-    results = _results(work, rows, baseline, informative, chosen, why, profile, found, planned)
+    results = _results(work, rows, baseline, informative, chosen, why, profile, searched)
     _write(work, results, next(c for c in (DENSE, *proposed) if c.name == chosen))
     return results
+
+
+def _search(work: _Work, method: str, proposed: list[Candidate]) -> tuple[list[Candidate], dict[str, Any]]:
+    """Candidates that a method found, and what the results keep of how."""
+    if method == "hylra":
+        more, planned = hylra_candidates(work.meter, work.search_ids[:1], work.journal, work.tick)
+        return more, {"hylra": planned}
+    options, rule = work.options, _decode_rule(work, proposed)
+    found, policy = search(
+        work.meter,
+        work.search_ids,
+        layer_options(options.context),
+        options.max_ppl_increase,
+        work.journal,
+        rule,
+        work.tick,
+    )
+    # a search that came back to dense adds nothing: dense is a candidate already
+    more = [Candidate("per layer", policy, "per-layer", "greedy")] if any(found.picked) else []
+    return more, {"search": found.to_json()}
 
 
 def _prepare(options: TuneOptions, report: Report, say: Callable[[str], None]) -> _Work:
@@ -137,8 +146,6 @@ def _prepare(options: TuneOptions, report: Report, say: Callable[[str], None]) -
 
 
 def _layers(work: _Work) -> int:
-    from ..hf.families import depth, sites
-
     return depth(work.loaded.model, sites(work.loaded.model))
 
 
@@ -252,7 +259,7 @@ def _decode_rule(work: _Work, proposed: list[Candidate]) -> Callable[[Pattern], 
 # --- results -----------------------------------------------------------------------------------------------------------
 
 
-def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], informative: bool, chosen: str, why: str, profile: dict[str, Any], found: Found | None, planned: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
+def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], informative: bool, chosen: str, why: str, profile: dict[str, Any], searched: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     options, model = work.options, work.loaded.model
     config = model.config.get_text_config()
     where = provenance()
@@ -281,8 +288,8 @@ def _results(work: _Work, rows: list[dict[str, Any]], baseline: dict[str, Any], 
         "chosen": chosen,
         "why": why,
         "profile": profile,
-        "search": found.to_json() if found is not None else None,
-        "hylra": planned,
+        **searched,
+        "methods": side_by_side(rows, options.methods, options.max_ppl_increase),
         "settings": {k: v for k, v in asdict(options).items() if k not in ("out", "text")},
     }  # fmt: skip
 
@@ -294,6 +301,7 @@ def _write(work: _Work, results: dict[str, Any], chosen: Candidate) -> None:
     context = work.options.context
     policy = replace(chosen.policy, name=chosen.name, model=stamp, dtype=work.loaded.dtype, context=(context, context))
     folder: Path = work.options.folder
+    policy = beside_policy(policy, folder)
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_whole(folder / "policy.json", json.dumps(policy.to_json(), indent=2) + "\n")
     write_report(results, folder / "report.html")

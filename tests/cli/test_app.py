@@ -21,7 +21,20 @@ from foveal.core import info as facts
 from foveal.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("tune", "run", "eval", "inspect", "bench", "papers", "reproduce", "patterns", "simulate", "compress", "train-vlm", "info")
+VERBS = (
+    "tune",
+    "run",
+    "eval",
+    "inspect",
+    "bench",
+    "papers",
+    "reproduce",
+    "patterns",
+    "simulate",
+    "compress",
+    "train",
+    "info",
+)
 runner = CliRunner()
 
 

@@ -212,10 +212,10 @@ def test_a_pattern_that_needs_what_the_host_does_not_say_is_refused() -> None:
         needs = frozenset({"pre_rope_q"})
 
     with (
-        foveal.attach(build("llama"), Wants()) as handle,
+        foveal.attach(build("gpt2"), Wants()) as handle,  # one projection for queries, keys and values
         pytest.raises(UnsupportedError, match="'test_wants' needs pre_rope_q"),
     ):
-        handle.model(**inputs("llama"))
+        handle.model(**inputs("gpt2"))
 
     class Hidden(Wants):
         needs = frozenset({"hidden_states"})

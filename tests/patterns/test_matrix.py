@@ -59,8 +59,12 @@ def masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen.any(-1, keepdim=True), out, 0.0)
 
 
+ELSEWHERE = {"flux"}
+"""Patterns that no row can hold: what flux decided at the prompt cannot be rebuilt from keys (``test_flux.py``)."""
+
+
 def test_every_registered_pattern_has_a_row() -> None:
-    missing = set(patterns.names()) - names_with_rows()
+    missing = set(patterns.names()) - names_with_rows() - ELSEWHERE
     assert not missing, f"add rows for {sorted(missing)} to tests/matrix.py"
 
 
