@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import info, inspect, papers, patterns, reproduce, run, simulate, tune
+from . import bench_ranks, info, inspect, papers, patterns, reproduce, run, simulate, tune
 from .guard import DEBUG, GuardedGroup
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def root(
         os.environ[DEBUG] = "1"
 
 
-for verb in (tune, run, inspect, papers, reproduce, patterns, simulate, info):
+for verb in (tune, run, inspect, bench_ranks, papers, reproduce, patterns, simulate, info):
     verb.add_to(app)
 
 
