@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,19 +61,16 @@ def measure(
         RankError: on every rank, when one dies, is late or differs.
     """
     meshes = {method: mesh_for(method, timeout=timeout) for method in METHODS}
-    jobs: list[tuple[str, Callable[[], Any]]] = [
-        *[(f"exact: {name}", lambda name=name: exactness(meshes[name], name, sizes, impl, seed)) for name in METHODS],
-        *[(f"balance: {kind}", lambda kind=kind: balance(meshes["ring"], kind, sizes, impl, seed)) for kind in ("contiguous", "zigzag")],
+    jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
+        *[("exact", name, partial(exactness, meshes[name], name, sizes, impl, seed)) for name in METHODS],
+        *[("balance", kind, partial(balance, meshes["ring"], kind, sizes, impl, seed)) for kind in ("contiguous", "zigzag")],
     ]  # fmt: skip
     if sizes.memory:
-        jobs += [
-            (f"memory: {name}", lambda name=name: memory(meshes[name], name, sizes, impl, seed)) for name in METHODS
-        ]
+        jobs += [("memory", name, partial(memory, meshes[name], name, sizes, impl, seed)) for name in METHODS]
     found: dict[str, dict[str, Any]] = {"exact": {}, "balance": {}, "memory": {}}
-    for done, (what, job) in enumerate(jobs):
-        report(what, done, len(jobs))
+    for done, (kind, name, job) in enumerate(jobs):
+        report(f"{kind}: {name}", done, len(jobs))
         meshes["ring"].everyone.barrier(timeout)
-        kind, _, name = what.partition(": ")
         found[kind][name] = job()
     ranks = meshes["ring"].size
     mismatches = [name for name, row in found["exact"].items() if not row["equal"] or row["error"] > LIMIT]

@@ -51,6 +51,7 @@ class Handle:
         self.num_layers = families.depth(model, found)
         self.shared = self.num_layers > sum(s.index >= 0 for s in found)
         policy.check_fits(self.num_layers, type(model).__name__)
+        self.across: Callable[..., Tensor] | None = None  # attends over ranks, in place of a policy
         self.requests = RequestStates()
         self.live = Live()
         self.measured: dict[str, dict[int, Density]] = {}
