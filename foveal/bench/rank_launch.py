@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..core.errors import ConfigError
+from ..kernels.context_parallel.transport import RankError
 
 
 def launched() -> bool:
@@ -24,7 +26,7 @@ def launch(count: int, words: list[str], timeout: float) -> int:
     Every rank that fails says why itself; when one fails the others are ended.
 
     Raises:
-        ConfigError: a count below 1 or a timeout that is not above 0.
+        ConfigError: a count below 1 or a timeout that is not above 0. RankError: a rank was killed.
     """
     if count < 1 or timeout <= 0:
         raise ConfigError(
@@ -44,6 +46,11 @@ def launch(count: int, words: list[str], timeout: float) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "foveal", *words)
     except ChildFailedError as error:
+        dead = [
+            f"rank {rank} was ended by signal {-f.exitcode}" for rank, f in error.failures.items() if f.exitcode < 0
+        ]
+        if dead:  # it could not say so itself
+            raise RankError(f"{dead[0]}; the run ends on every rank and nothing is written. Start again.") from None
         return max((f.exitcode if f.exitcode > 0 else 2) for f in error.failures.values())
     return 0
 
@@ -58,10 +65,21 @@ def take_part(
     from .ranks import QUICK, Sizes, measure
     from .results import write_result
 
+    def ended(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise RankError(f"rank {os.environ['RANK']}: another rank failed; the run ends on every rank.")
+
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, ended)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
     first = dist.get_rank() == 0
-    result = measure(QUICK if quick else Sizes(), report if first else _silent, timeout=timeout, impl=impl, seed=seed)
+    try:
+        result = measure(
+            QUICK if quick else Sizes(), report if first else _silent, timeout=timeout, impl=impl, seed=seed
+        )
+    except RankError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its message is the only one
+        raise
     dist.monitored_barrier(timeout=datetime.timedelta(seconds=timeout))
     if first and out is not None:
         write_result(out, result)

@@ -120,7 +120,7 @@ def exactness(mesh: RankMesh, method: str, sizes: Sizes, impl: str, seed: int) -
         gaps = []
         for x, y in zip(got, expected, strict=True):
             part = places.dispatch(y.detach(), *mesh.place)
-            gaps.append(float((x.detach() - part).abs().max() / y.abs().max().clamp(min=1)))
+            gaps.append(float((x.detach() - part).abs().max() / y.detach().abs().max().clamp(min=1)))
         errors[name] = max(_every(mesh, math.inf if math.isnan(max(gaps)) else max(gaps)))
     formula = volume(
         method,

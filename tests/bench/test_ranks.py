@@ -16,10 +16,9 @@ from foveal.core.errors import FovealError
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; ``before`` is run in every rank first."""
-    start = ["-m", "foveal"] if not before else ["-c", f"{before}\nfrom foveal.cli import main; main()"]
-    return subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, env=ENV)
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "foveal", *words], capture_output=True, text=True, env=ENV)
 
 
 @pytest.mark.slow
@@ -39,6 +38,28 @@ def test_a_wrong_argument_is_one_error_on_every_rank_and_no_file(tmp_path: Path)
     done = command("bench-ranks", "--ranks", "2", "--quick", "--impl", "gathr", "--out", str(out))
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.count("impl='gathr' is unknown") == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_one_message_each(tmp_path: Path) -> None:
+    """Rank 1 kills itself in its second job."""
+    out, trap = tmp_path / "ranks.json", tmp_path / "trap"
+    trap.mkdir()
+    (trap / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import foveal.bench.ranks as r\n"
+        "    r.balance = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = os.pathsep.join([str(trap), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = ["bench-ranks", "--ranks", "2", "--quick", "--timeout", "20", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "foveal", *words], capture_output=True, text=True, env={**ENV, "PYTHONPATH": path}
+    )
+    assert done.returncode == 2 and not out.exists() and "Traceback" not in done.stderr
+    assert done.stderr.count("error: rank 0") == 1 and done.stderr.count("error: rank 1 was ended by signal 9") == 1, (
+        done.stderr
+    )
 
 
 def test_bad_counts_are_refused() -> None:
