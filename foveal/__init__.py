@@ -17,6 +17,8 @@ _LAZY = {
     "explain": "foveal.kernels",
     "merge": "foveal.kernels",
     "attach": "foveal.hf",
+    "context_parallel": "foveal.hf",
+    "context_parallel_attention": "foveal.kernels.context_parallel",
     "Policy": "foveal.policies",
     "FovealError": "foveal.core.errors",
 }
@@ -24,12 +26,23 @@ _MODULES = {
     "bench", "core", "data", "hf", "kernels", "layers", "lens", "models", "papers", "patterns", "policies", "recipes", "steer", "tune",
 }  # fmt: skip
 
-__all__ = ["FovealError", "Policy", "__version__", "attach", "attention", "explain", "merge"]
+__all__ = [
+    "FovealError",
+    "Policy",
+    "__version__",
+    "attach",
+    "attention",
+    "context_parallel",
+    "context_parallel_attention",
+    "explain",
+    "merge",
+]
 
 if TYPE_CHECKING:
     from .core.errors import FovealError
-    from .hf import attach
+    from .hf import attach, context_parallel
     from .kernels import attention, explain, merge
+    from .kernels.context_parallel import context_parallel_attention
     from .policies import Policy
 
 

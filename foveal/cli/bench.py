@@ -45,6 +45,16 @@ def bench(
         Path | None, typer.Option(help="Folder for results.jsonl and report.html; default foveal-bench.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="All masks, small and both ways, in about a minute.")] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="P",
+            help="Measure context parallelism over P local processes instead (under torchrun, over its own), with --quick, --impl, --seed and --out FILE alone.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="With --ranks: seconds after which a silent rank ends the run.")
+    ] = 60.0,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="A B", help="Measure nothing; put two result files side by side."),
@@ -54,6 +64,11 @@ def bench(
 
     An interrupted run goes on where it stopped when the same command is given again. Exit code 1: a result was wrong.
     """
+    if ranks is not None:
+        from .bench_ranks import run_ranks
+
+        run_ranks(ranks, quick=quick, impl=impl, timeout=timeout, seed=seed, out=out)
+        return
     from ..bench import show, summary
     from ..bench.records import read
     from .guard import note, output, warn

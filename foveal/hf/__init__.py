@@ -2,5 +2,6 @@
 
 from .forward import AttentionEvent
 from .handle import Handle, attach
+from .ranks import RankHandle, context_parallel
 
-__all__ = ["AttentionEvent", "Handle", "attach"]
+__all__ = ["AttentionEvent", "Handle", "RankHandle", "attach", "context_parallel"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HARMLESS = {
     "position_ids", "cache_position", "use_cache", "sliding_window", "output_hidden_states", "return_dict", "num_items_in_batch",
-    "logits_to_keep", "labels", "target_dtype", "layer_idx", "deterministic", "token_type_ids", "mm_token_type_ids", "inputs_embeds",
+    "logits_to_keep", "labels", "shift_labels", "target_dtype", "layer_idx", "deterministic", "token_type_ids", "mm_token_type_ids", "inputs_embeds",
     "is_causal", "output_router_logits", "causal_mask", "position_embeddings", "interpolate_pos_encoding", "bool_masked_pos",
     "past_key_values", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "softcap", "s_aux",
 }  # fmt: skip
@@ -172,6 +172,11 @@ def attend(
     refuse_unhonoured(module, dropout, kwargs)
     site, around = handle.sites[module], handle.live.surroundings.get(module) or Surroundings()
     handle.watch_recompute(module)
+    if handle.across is not None:
+        scale = _scale(module, query.shape[-1]) if scaling is None else scaling
+        out = handle.across(module, query, key, value, mask, float(scale), kwargs)
+        handle.live.reached.add(module)
+        return out.transpose(1, 2).contiguous()
     base, q_offset = base_mask(handle, module, mask, query, key, is_causal, around)
     base = base.to(query.device)
     _refuse_resets(base, around)

@@ -66,6 +66,7 @@ class Handle:
         digest = functools.cache(lambda: fingerprint(model))
         for pattern in policy.patterns():
             pattern.check_model(digest, self.num_layers)
+        self.across: Callable[..., Tensor] | None = None  # attends over ranks, in place of a policy
         self.requests = RequestStates()
         self.live = Live()
         self.measured: dict[str, dict[int, Density]] = {}
