@@ -14,6 +14,9 @@ from torch.nn.attention import flex_attention as flex
 from ..core.layouts import BlockMask, narrow
 from .call import AttentionCall
 
+WRONG_UP_TO = 16
+"""Head dimension: with 8 and 16, torch 2.13's compiled kernel read beyond the keys on AVX2 when their number was 8 modulo 16."""
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -39,6 +42,14 @@ def refusals(call: AttentionCall) -> list[str]:
         reasons.append("does not return the log-sum-exp on CPU")
     if call.q.dtype == torch.float64:
         reasons.append("computes in float32 or lower")
+    if (
+        call.q.device.type == "cpu"
+        and call.q.shape[-1] <= WRONG_UP_TO
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):
+        reasons.append(
+            f"gives wrong values for head dimensions up to {WRONG_UP_TO} on CPUs with AVX2 and no AVX-512; use impl='gather'"
+        )
     if call.q.device.type == "cuda" and (call.q.shape[-1] < 16 or call.v.shape[-1] < 16):
         reasons.append("needs head dimensions of at least 16 on CUDA")
     return reasons

@@ -53,7 +53,7 @@ def test_every_mask_on_cpu(name: str, spec: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(flex.unavailable() is not None, reason="torch.compile needs a C++ compiler")
 def test_flex_on_cpu() -> None:
-    own = make("share_question", heads=Heads(2, 1, 16))
+    own = make("share_question", heads=Heads(2, 1, 32))
     assert Flex().refusal(own) is None
     assert max(errors(Flex(), own)) < 1e-5
     assert "no backward on CPU" in (Flex().refusal(make("causal", BACKWARD)) or "")

