@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.bootstrap import bootstrap
+from ..core.ranks import spearman as rank_correlation
 from ..hf.encoder import LoadedEncoder, Pooling
 
 Batch = Mapping[str, Tensor]
@@ -62,14 +64,9 @@ def reciprocal_ranks(first: Tensor, second: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two ``(N,)`` tensors; equal values get their mean rank."""
-    ranks = []
-    for x in (a, b):
-        _, place, count = x.unique(return_inverse=True, return_counts=True)
-        ranks.append((count.cumsum(0) - (count - 1) / 2.0)[place].double())
-    centred = [r - r.mean() for r in ranks]
-    scale = centred[0].norm() * centred[1].norm()
-    return float((centred[0] * centred[1]).sum() / scale) if float(scale) > 0 else 0.0
+    """Rank correlation of two ``(N,)`` tensors; equal values get their mean rank, and a constant has 0."""
+    rho = rank_correlation(a, b)
+    return 0.0 if math.isnan(rho) else rho
 
 
 def likenesses(first: Tensor, second: Tensor) -> Tensor:

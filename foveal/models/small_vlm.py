@@ -102,7 +102,7 @@ def load_small_vlm(adapter: Path | None = None, *, fold: bool = True, progress: 
     """The trained model, its reader and its training record.
 
     Args:
-        adapter: file of :func:`save_adapter`; default the one that foveal ships.
+        adapter: file of :func:`save_adapter`, such as ``foveal train vlm`` writes; the default is a place in the package where none is shipped yet.
         fold: fold the adapters into SmolLM2's layers, so that nothing but plain linear layers is left.
 
     Raises:

@@ -7,7 +7,6 @@ f = [l, r, |l−r|, l⊙r, cos(l, r)], logit = Linear(ReLU(Linear(f))). The para
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm, linear, pad, relu
 
 from ..core.errors import ConfigError, ShapeError
+from ..core.weights import check_digest, read_tensors
 
-FORMAT = "foveal.boundary_predictor"
+FORMAT, KIND = "foveal.boundary_predictor", "boundary predictor"
 PACKAGED = Path(__file__).parent / "weights"
 
 
@@ -129,12 +129,6 @@ def find_file(name: str) -> Path:
     )
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_predictor(
     name: str, sha256: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Predictor:
@@ -148,29 +142,14 @@ def load_predictor(
 
 @lru_cache(maxsize=8)
 def _load(path: str, sha256: str, device: str, dtype: torch.dtype) -> Predictor:
-    found = file_sha256(path)
-    if found != sha256:
-        raise ConfigError(
-            f"boundary predictor {path} has SHA-256 {found}; expected {sha256 or 'one (it is empty)'}. Give predictor_sha256 of the file that you mean."
-        )
+    check_digest(path, sha256, KIND, "predictor_sha256")
     tensors, meta = read_predictor(path)
     return Predictor({n: t.to(device, dtype) for n, t in tensors.items()}, int(meta["window"]), int(meta["heads"]))
 
 
 def read_predictor(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a predictor file; raises :class:`ConfigError` when it is none."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ConfigError(
-            "boundary predictors are stored as safetensors, which is not installed: pip install 'foveal[hf]'."
-        ) from None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"boundary predictor {path} cannot be read: {error}.") from None
+    tensors, meta = read_tensors(path, KIND)
     if meta.get("format") != FORMAT or meta.get("version") != "1":
         raise ConfigError(
             f"{path} has the format {meta.get('format')!r} version {meta.get('version')!r}; expected {FORMAT!r} version '1', written by BoundaryPredictor.save."

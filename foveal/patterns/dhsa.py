@@ -16,10 +16,11 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.layouts import KeySelection, Layout
 from ..core.registry import register
 from ..core.serial import check_range, check_types
+from ..core.weights import file_sha256
 from ..kernels.call import compute_dtype
 from ..kernels.pooling import filled_keys, full_precision
 from .base import LookAhead, Pattern
-from .boundaries import file_sha256, find_file, load_predictor
+from .boundaries import find_file, load_predictor
 from .dhsa_blocks import BlockRule
 from .dhsa_chunks import Pooling, select_chunks, spans
 from .dhsa_state import ChunkRule, without_sharing

@@ -17,9 +17,9 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.layouts import Layout
 from ..core.registry import register
 from ..core.serial import check_types
+from ..core.weights import file_sha256
 from ..kernels.pooling import real_rows
 from .base import LookAhead, Pattern
-from .boundaries import file_sha256
 from .by_rows import by_rows
 from .dense import Dense
 from .documents import documents

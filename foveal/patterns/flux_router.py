@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from ..core.errors import ConfigError, ShapeError
-from .boundaries import file_sha256
+from ..core.weights import check_digest, read_tensors
 
 FORMAT = "foveal.layer_routers"
 STAGES = ("W1", "W2", "V1", "V2", "V3")
@@ -114,11 +114,7 @@ def load_routers(path: str, sha256: str, device: torch.device | str = "cpu") -> 
 
 @lru_cache(maxsize=8)
 def _load(path: str, sha256: str, device: str) -> Routers:
-    found = file_sha256(path)
-    if found != sha256:
-        raise ConfigError(
-            f"router {path} has SHA-256 {found}; expected {sha256 or 'one (it is empty)'}. Give router_sha256 of the file that you mean."
-        )
+    check_digest(path, sha256, "router", "router_sha256")
     routers = read_routers(path)
     tensors = {n: t.to(device, torch.float32) for n, t in routers.tensors.items()}
     return replace(routers, tensors=tensors)
@@ -126,18 +122,7 @@ def _load(path: str, sha256: str, device: str) -> Routers:
 
 def read_routers(path: str | Path) -> Routers:
     """The routers in a file; raises :class:`ConfigError` when it holds none."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ConfigError(
-            "routers are stored as safetensors, which is not installed: pip install 'foveal[hf]'."
-        ) from None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"router {path} cannot be read: {error}.") from None
+    tensors, meta = read_tensors(path, "router")
     said = json.loads(meta.get("routers", "{}"))
     kind = (said.pop("format", None), said.pop("version", None))
     if kind != (FORMAT, 1):

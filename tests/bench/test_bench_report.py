@@ -1,4 +1,4 @@
-"""The report of ``foveal bench``: what it says, and that it stands in a browser (see ``tests/tune/test_browser.py``)."""
+"""The report of ``foveal bench``: what it says, and that it stands in a browser (see ``tests/browser.py``)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ pytest.importorskip("matplotlib")
 
 from foveal.bench.report import render, write_report
 from foveal.core.errors import DataError
-from tests.tune.test_browser import CHROMIUM, look
 
+from ..browser import look, needs_browser
 from .lines import header, line, lines
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 MEASURE = """<script>
 function measure(win) {

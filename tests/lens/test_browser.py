@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +11,13 @@ import pytest
 
 from foveal.lens.report import pack, render_report, shades
 
+from ..browser import look, needs_browser
+
 pytest.importorskip("jinja2", reason="needs jinja2: pip install 'foveal[report]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = needs_browser
 
+WIDTHS = (1280, 360)
 TOKENS, LAYERS, HEADS, CELLS, EDGES = 8192, 30, 9, 32, 12
-SWITCHES = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1300,900",
-)  # fmt: skip
-
-WATCH = """<script>
-window.complaints = [];
-addEventListener("error", (e) => complaints.push(e.message || "failed to load " + (e.target.src || e.target.href)), true);
-for (const name of ["error", "warn"]) { const old = console[name]; console[name] = (...a) => { complaints.push(a.join(" ")); old(...a); }; }
-</script>"""
 
 MEASURE = """<script>
 function point(win, e, type, x, y) { e.dispatchEvent(new win.PointerEvent(type, { bubbles: true, clientX: x, clientY: y })); return win.document.getElementById("tip").hidden ? "" : win.document.getElementById("tip").textContent; }
@@ -92,24 +80,9 @@ def _base64(values: np.ndarray) -> str:
     return pack(values, "u1")
 
 
-def look(page: str, folder: Path, dark: bool, widths: tuple[int, ...] = (1280, 360)) -> list[dict[str, Any]]:
-    """What the browser says of the page, once for each width."""
-    inner = html.escape(page.replace("<head>", "<head>" + WATCH, 1))
-    frames = "".join(f'<iframe width="{w}" height="900" style="border:0" srcdoc="{inner}"></iframe>' for w in widths)
-    holder = folder / "holder.html"
-    holder.write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>{MEASURE}{frames}', encoding="utf-8")
-    theme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    command = [str(CHROMIUM), *SWITCHES, theme, f"--user-data-dir={folder / 'profile'}", "--dump-dom", holder.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    found = re.search(r'<pre id="found">(.+?)</pre>', ran.stdout, re.DOTALL)
-    assert found, f"Chromium left no findings (exit {ran.returncode}): {ran.stderr[-2000:]}"
-    views: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
-    return views
-
-
 @pytest.fixture(scope="module", params=["light", "dark"])
 def views(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    found = look(render_report(made_up()), tmp_path_factory.mktemp("browser"), request.param == "dark")
+    found = look(render_report(made_up()), tmp_path_factory.mktemp("browser"), request.param == "dark", MEASURE, WIDTHS)
     assert all(v["dark"] == (request.param == "dark") for v in found)
     return found
 
@@ -152,5 +125,5 @@ def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
         "</main>",
         '<img src="file:///no/such.png"><div style="width:3000px;height:9px"></div><script>nowhere()</script></main>',
     )
-    for view in look(page, tmp_path, dark=False, widths=(1280,)):
+    for view in look(page, tmp_path, False, MEASURE, (1280,)):
         assert len(view["complaints"]) == 2 and view["scroll"] > view["width"]

@@ -11,10 +11,10 @@ from foveal.core.base_mask import BaseMask
 from foveal.core.budget import Budget
 from foveal.core.context import SelectContext
 from foveal.core.errors import ConfigError, UnsupportedError
+from foveal.core.weights import file_sha256
 from foveal.layers.layer_router import LayerRouters
 from foveal.models import DecoderLM, Memory
 from foveal.patterns import Dense, Flux, MoBA, SlidingWindow, Triangle, XAttention
-from foveal.patterns.boundaries import file_sha256
 from foveal.patterns.flux import Routed, decisions, prompt_spans
 from foveal.policies import Policy, Rule
 from tests.support import Host

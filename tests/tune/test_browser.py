@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +11,9 @@ import pytest
 
 from foveal.tune.report import render
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+from ..browser import look, needs_browser
 
-WIDTHS = (1280, 760, 360)
-SWITCHES = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1300,900",
-)  # fmt: skip
-
-WATCH = """<script>
-window.complaints = [];
-addEventListener("error", (e) => complaints.push(e.message || "failed to load " + (e.target.src || e.target.href)), true);
-for (const name of ["error", "warn"]) { const old = console[name]; console[name] = (...a) => { complaints.push(a.join(" ")); old(...a); }; }
-</script>"""
-"""Goes first into the page's head."""
+pytestmark = needs_browser
 
 MEASURE = """<script>
 function measure(win) {
@@ -69,26 +54,10 @@ addEventListener("load", () => {
 """Runs in the page that holds the report in frames of several widths."""
 
 
-def look(page: str, folder: Path, dark: bool, measure: str = MEASURE) -> list[dict[str, Any]]:
-    """What the browser says of the page, once for each width."""
-    inner = html.escape(page.replace("<head>", "<head>" + WATCH, 1))
-    frames = "".join(f'<iframe width="{w}" height="900" style="border:0" srcdoc="{inner}"></iframe>' for w in WIDTHS)
-    holder = folder / "holder.html"
-    holder.write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>{measure}{frames}', encoding="utf-8")
-    theme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
-    command = [str(CHROMIUM), *SWITCHES, *theme, f"--user-data-dir={folder / 'profile'}", "--dump-dom", holder.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    found = re.search(r'<pre id="found">(.+?)</pre>', ran.stdout, re.DOTALL)
-    assert found, f"Chromium left no findings (exit {ran.returncode}): {ran.stderr[-2000:]}"
-    views: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
-    assert [v["width"] for v in views] == list(WIDTHS)
-    return views
-
-
 @pytest.fixture(scope="module", params=["light", "dark"])
 def views(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     results = json.loads(Path(__file__).with_name("example_results.json").read_text(encoding="utf-8"))
-    found = look(render(results), tmp_path_factory.mktemp("browser"), request.param == "dark")
+    found = look(render(results), tmp_path_factory.mktemp("browser"), request.param == "dark", MEASURE)
     assert all(v["dark"] == (request.param == "dark") for v in found)
     return found
 
@@ -157,5 +126,5 @@ def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
         "</main>",
         '<img src="file:///no/such.png"><div style="width:3000px;height:9px"></div><script>nowhere()</script></main>',
     )
-    for view in look(page, tmp_path, dark=False):
+    for view in look(page, tmp_path, False, MEASURE):
         assert len(view["complaints"]) == 2 and view["scroll"] > view["width"] and view["images"] == [0]

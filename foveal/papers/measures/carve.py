@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core import ranks
 from ...data.scenes import BACKGROUND, GRID, cell_mask, render, scene
 from ...hf.picture_tokens import painted
 from ...steer import carve
@@ -118,15 +119,11 @@ def spearman(a: list[float], b: list[float], seed: int, draws: int = 1000) -> di
     """Rank correlation with a 95 % bootstrap interval over pairs; ties get their mean rank."""
     rng = np.random.default_rng(seed)
 
-    def rank(v: np.ndarray) -> np.ndarray:
-        _, back, count = np.unique(v, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[back]
+    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
 
     def rho(i: np.ndarray) -> float:
-        x, y = rank(np.array(a)[i]), rank(np.array(b)[i])
-        if x.std() == 0 or y.std() == 0:
-            return 0.0
-        return float(np.corrcoef(x, y)[0, 1])
+        found = ranks.spearman(x[i], y[i])
+        return 0.0 if math.isnan(found) else found
 
     n = len(a)
     drawn = sorted(rho(rng.integers(0, n, n)) for _ in range(draws))

@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ...core.ranks import spearman
 from ...data import text
 from ...hf.load import load_model
 from ...lens.planted_sinks import Plant, expected, planted, small_decoder
@@ -25,17 +25,6 @@ SIZES = (17.0, 20.0, 23.0, 26.0, 29.0, 2000.0)
 """Sizes ``c`` of the vectors written, from mostly no sink to alive until the window ends (larger ones all are, and would tie)."""
 ON, OFF, PRIMARY = 1, 11, 3e4
 MODEL, CONTEXT, TEXTS = "smollm2", 2048, 4
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks, equal values sharing their mean rank."""
-    below = (values[:, None] > values).sum(1)
-    return below + ((values[:, None] == values).sum(1) - 1) / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation; NaN when either is constant."""
-    return float(torch.corrcoef(torch.stack([ranks(a.double()), ranks(b.double())]))[0, 1])
 
 
 @torch.no_grad()
