@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def vlm(
     stamps: Annotated[
         Path | None, typer.Option(help="Folder of Debian's tuxpaint-stamps-default: captioned pictures, trained on as well.")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Start from an adapter that this command wrote; its record is kept.")
+    ] = None,
     score: Annotated[int, typer.Option(help="New scenes on which the trained model is scored; 0 for none.")] = 60,
     work: Annotated[
         Path | None, typer.Option(help="Folder for features and checkpoints; default in foveal's cache.")
@@ -30,7 +33,7 @@ def vlm(
     from ..core.cache import cache_dir
     from ..core.errors import ConfigError
     from ..core.provenance import provenance
-    from ..models.small_vlm import RANK, save_adapter, small_vlm
+    from ..models.small_vlm import RANK, place_adapter, read_adapter, save_adapter, small_vlm
     from ..recipes.vlm import VLMOptions, score_vlm, train_vlm
     from .guard import note, output
     from .progress import bar
@@ -44,11 +47,18 @@ def vlm(
         raise ConfigError(
             f"stamps: {stamps} is no folder; expected usr/share/tuxpaint/stamps of Debian's tuxpaint-stamps-default."
         )
+    before = None if init is None else read_adapter(init)
     folder = cache_dir() / "train-vlm" / f"{seed}-{steps}-{scenes}" if work is None else work
     model, reader = small_vlm(seed=seed, progress=note)
+    earlier: dict[str, Any] = {}
+    if before is not None and init is not None:
+        place_adapter(model, before[0], init.name)
+        earlier = {"earlier": before[1]}
     with bar() as report:
         shown = lambda stage, done, of, loss: report(f"{stage}, loss {loss:.3f}" if loss else stage, done, of)  # noqa: E731
-        record = train_vlm(model, reader, options, folder, progress=shown) | {"rank": RANK, "made": provenance()}
+        record = (
+            train_vlm(model, reader, options, folder, progress=shown) | {"rank": RANK, "made": provenance()} | earlier
+        )
         save_adapter(model, out, record)
         if score:
             record["scored"] = score_vlm(model, reader, count=score, seed=seed, progress=shown)

@@ -20,7 +20,7 @@ from ..recipes.lora import add_lora, fold_lora
 from .vlm import VLM, Reader, VLMConfig
 
 PACKAGED = Path(__file__).parent / "weights" / "small_vlm.safetensors"
-"""The adapter that foveal ships, once there is one."""
+"""The adapter that foveal ships."""
 
 SIDE, SHUFFLE, HIDDEN, PLACEHOLDER = 168, 2, 576, "<file_sep>"
 """Pixels of a picture's side (12 × 12 patches → 36 image tokens), squares joined, width of the projector, a token SmolLM2 does not use."""
@@ -102,15 +102,29 @@ def load_small_vlm(adapter: Path | None = None, *, fold: bool = True, progress: 
     """The trained model, its reader and its training record.
 
     Args:
-        adapter: file of :func:`save_adapter`, such as ``foveal train vlm`` writes; the default is a place in the package where none is shipped yet.
+        adapter: file of :func:`save_adapter`, such as ``foveal train vlm`` writes; default the one that foveal ships.
         fold: fold the adapters into SmolLM2's layers, so that nothing but plain linear layers is left.
 
     Raises:
         ModelError: there is no such file, or it belongs to another model.
     """
+    path = PACKAGED if adapter is None else Path(adapter)
+    tensors, record = read_adapter(path)
+    model, reader = small_vlm(rank=int(record.get("rank", RANK)), progress=progress)
+    place_adapter(model, tensors, path.name)
+    if fold:
+        fold_lora(model)
+    return model.requires_grad_(False).eval(), reader, record
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and training record of a file of :func:`save_adapter`.
+
+    Raises:
+        ModelError: there is no such file, or it cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = PACKAGED if adapter is None else Path(adapter)
     if not path.is_file():
         raise ModelError(
             f"no adapter at {path.name}: train one with `foveal train vlm --out FILE` and pass it as adapter=FILE."
@@ -118,16 +132,20 @@ def load_small_vlm(adapter: Path | None = None, *, fold: bool = True, progress: 
     try:
         with safe_open(str(path), framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("record", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 - not a dict
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ModelError(f"adapter {path.name} cannot be read: {error}.") from None
-    model, reader = small_vlm(rank=int(record.get("rank", RANK)), progress=progress)
+
+
+@torch.no_grad()
+def place_adapter(model: VLM, tensors: dict[str, Tensor], name: str) -> None:
+    """Copy an adapter's tensors into the model's projector and adapters.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
     mine = trained_parts(model)
     if {n: tuple(t.shape) for n, t in tensors.items()} != {n: tuple(t.shape) for n, t in mine.items()}:
-        raise ConfigError(f"adapter {path.name} does not fit this model; it was made by another version of foveal.")
-    with torch.no_grad():
-        for name, p in mine.items():
-            p.copy_(tensors[name])
-    if fold:
-        fold_lora(model)
-    return model.requires_grad_(False).eval(), reader, record
+        raise ConfigError(f"adapter {name} does not fit this model; it was made by another version of foveal.")
+    for n, p in mine.items():
+        p.copy_(tensors[n])

