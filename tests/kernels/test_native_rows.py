@@ -72,12 +72,13 @@ def test_many_threads_give_the_same_bits(variant: None) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 77, 1000, generator=g)
     lo, hi = torch.zeros(77, dtype=torch.long), torch.arange(924, 1001)
-    before, found = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    found: list[tuple[Tensor, ...]] = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append((x.clone(),))
-            found[-1] += tuple(softmax_rows_(found[-1][0], lo, hi))
+            weights = x.clone()
+            found.append((*softmax_rows_(weights, lo, hi), weights))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
