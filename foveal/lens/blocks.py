@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..core.base_mask import BaseMask
 from ..kernels.call import AttentionCall, compute_dtype, relative_index
+from ..kernels.native import unavailable
+from ..kernels.native.rows import RowFacts, softmax_rows_
 from .kept import Kept
 from .scores import LOWEST
 
@@ -42,7 +44,7 @@ class Block:
         heads: query heads. rows: query rows. keys: the range of keys that some row sees; outside it all weights are 0.
         own: ``(R,)`` key index of every row. position: ``(K,)`` key indices. real: ``(R,)`` bool, False on padding.
         weights: ``(G, R, K)`` attention weights, 0 in rows that are not real. They sum to 1, or less beside a learned sink.
-        log_weights: ``(G, R, K)`` their logarithms up to ``offset``: ``log w = log_weights − offset[..., None]``.
+        top, offset: ``(G, R)``: ``log w = logit − top − offset``. spread: ``(G, R)`` sums of weight times ``logit − top``.
         on_keys: ``(G, R)`` what they sum to; 1 in rows that see nothing, so that one may divide by it.
         policy: what the layer's policy kept, or None when nothing selects.
     """
@@ -56,13 +58,20 @@ class Block:
     position: Tensor
     real: Tensor
     weights: Tensor
-    log_weights: Tensor
+    top: Tensor
     offset: Tensor
     on_keys: Tensor
+    spread: Tensor
     policy: Kept | None
     span: Span
     only_kept: bool
     sink_logits: Tensor | None
+
+    @functools.cached_property
+    def log_weights(self) -> Tensor:
+        """``(G, R, K)`` the weights' logarithms, finite also where a weight is too small for its type; made anew."""
+        s = _logits(self.call, self.b, self.heads.start // self.call.groups, self.span, self.policy, self.only_kept)
+        return s - (self.top + self.offset)[..., None]
 
     def dot(self, vector: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """``(G, R)`` sums of weights times ``vector``, over the block's keys from ``start`` to ``stop``."""
@@ -109,17 +118,18 @@ class Block:
 def blocks(
     call: AttentionCall, sink_logits: Tensor | None = None, policy: Kept | None = None, only_kept: bool = False
 ) -> Iterator[Block]:
-    """All rows of all heads of a call, in rising order of rows within a head.
+    """All rows of all heads of a call, in rising order of rows within a head; a block is valid until the next one comes.
 
     Args:
         call: its ``layout`` and ``v`` are not used. sink_logits: ``(H,)`` learned logits of a key without a value.
         policy: what a policy keeps. only_kept: the weights are a softmax over the kept pairs alone.
     """
     call = call.replace(q=call.q.detach(), k=call.k.detach())
+    scratch = torch.empty(0, dtype=compute_dtype(call.q.dtype), device=call.q.device)
     for b in range(call.q.shape[0]):
         for kv_head in range(call.k.shape[1]):
             for span in _spans(call, b):
-                yield _block(call, sink_logits, b, kv_head, span, policy, only_kept)
+                yield _block(call, sink_logits, b, kv_head, span, policy, only_kept, scratch)
 
 
 def _spans(call: AttentionCall, b: int) -> list[Span]:
@@ -172,37 +182,64 @@ def _real_rows(base: BaseMask, b: int) -> Tensor:
 
 
 def _block(
-    call: AttentionCall, sink_logits: Tensor | None, b: int, kv_head: int, span: Span, policy: Kept | None, only_kept: bool
+    call: AttentionCall, sink_logits: Tensor | None, b: int, kv_head: int, span: Span, policy: Kept | None, only_kept: bool,
+    scratch: Tensor | None = None,
 ) -> Block:  # fmt: skip
-    base, dtype, device = call.base, compute_dtype(call.q.dtype), call.q.device
     rows, keys, groups = span.rows, span.keys, call.groups
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
-    index = torch.arange(rows.start, rows.stop, device=device)
-    position = torch.arange(keys.start, keys.stop, device=device)
-    q = call.q[b, heads, rows].to(dtype) * call.scale
-    s = torch.mm(q.reshape(-1, q.shape[-1]), call.k[b, kv_head, keys].to(dtype).T).view(groups, len(index), -1)
+    s = _logits(call, b, kv_head, span, policy, only_kept, scratch)
+    sinks = None if sink_logits is None else sink_logits[heads]
+    real = real_rows(call.base, b)[rows]
+    if s.dtype == torch.float32 and s.device.type == "cpu" and unavailable() is None:
+        lo, hi = (x[b % len(x), rows] - keys.start for x in (call.base.lo, call.base.hi))
+        if call.base.predicate is not None:  # pairs are hidden one by one
+            lo, hi = torch.zeros_like(lo), torch.full_like(hi, s.shape[-1])
+        facts = softmax_rows_(s, lo, torch.where(real, hi, lo), sinks, LOWEST / 2)
+        weights = s
+    else:
+        weights, facts = _softmax(s, sinks, real)
+    own = torch.arange(rows.start, rows.stop, device=s.device) + call.base.shift
+    position = torch.arange(keys.start, keys.stop, device=s.device)
+    return Block(
+        call, b, heads, rows, keys, own, position, real, weights, facts.top, facts.total.log(), facts.on_keys, facts.spread, policy, span, only_kept, sink_logits
+    )  # fmt: skip
+
+
+def _softmax(s: Tensor, sinks: Tensor | None, real: Tensor) -> tuple[Tensor, RowFacts]:
+    """What :func:`foveal.kernels.native.rows.softmax_rows_` gives, for any type and device; uses ``s`` up."""
+    top = s.amax(-1, keepdim=True).clamp_(min=LOWEST / 2)  # of a row that sees nothing: its weights become 0
+    s.sub_(top)
+    weights = torch.exp(s)
+    total = on_keys = weights.sum(-1)
+    if sinks is not None:
+        total = on_keys + torch.exp(sinks[:, None].to(s.dtype) - top[..., 0])
+    sees = (on_keys > 0) & real
+    weights.mul_(torch.where(sees, 1 / total, 0.0)[..., None])
+    share = torch.where(sees, on_keys / total, 1.0)
+    spread = torch.linalg.vecdot(weights, s)
+    return weights, RowFacts(top[..., 0], torch.where(sees, total, 1.0), share, spread)
+
+
+def _logits(
+    call: AttentionCall, b: int, kv_head: int, span: Span, policy: Kept | None, only_kept: bool, scratch: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """``(G, R, K)`` with the lowest value on hidden pairs, in ``scratch``'s memory where given."""
+    dtype, device, groups = compute_dtype(call.q.dtype), call.q.device, call.groups
+    heads = slice(kv_head * groups, (kv_head + 1) * groups)
+    index = torch.arange(span.rows.start, span.rows.stop, device=device)
+    position = torch.arange(span.keys.start, span.keys.stop, device=device)
+    q = call.q[b, heads, span.rows].to(dtype) * call.scale
+    keys = call.k[b, kv_head, span.keys].to(dtype)
+    out = None if scratch is None else scratch.resize_(groups * len(index) * len(position)).view(-1, len(position))
+    s = torch.mm(q.reshape(-1, q.shape[-1]), keys.T, out=out).view(groups, len(index), -1)
     if call.softcap is not None:
         s.div_(call.softcap).tanh_().mul_(call.softcap)
     if call.bias is not None:
         s += call.bias[heads, relative_index(call, index[:, None], position)].to(dtype)
-    _hide(s, base, b, span, index, position)
+    _hide(s, call.base, b, span, index, position)
     if only_kept and policy is not None:
-        s.masked_fill_(~policy.block(b, heads, rows, keys), LOWEST)
-    top = s.amax(-1, keepdim=True).clamp_(min=LOWEST / 2)  # of a row that sees nothing: its weights become 0
-    s.sub_(top)
-    weights = torch.exp(s)
-    on_keys = weights.sum(-1)
-    total = on_keys
-    if sink_logits is not None:
-        total = on_keys + torch.exp(sink_logits[heads, None].to(dtype) - top[..., 0])
-    real = real_rows(base, b)[rows]
-    scale = torch.where((on_keys > 0) & real, 1 / total, 0.0)
-    weights.mul_(scale[..., None])
-    share = torch.where(scale > 0, on_keys / total, 1.0)
-    offset = torch.where(scale > 0, total, 1.0).log()
-    return Block(
-        call, b, heads, rows, keys, index + base.shift, position, real, weights, s, offset, share, policy, span, only_kept, sink_logits
-    )  # fmt: skip
+        s.masked_fill_(~policy.block(b, heads, span.rows, span.keys), LOWEST)
+    return s
 
 
 def _hide(s: Tensor, base: BaseMask, b: int, span: Span, index: Tensor, position: Tensor) -> None:

@@ -227,6 +227,29 @@ void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tens
   variant.backward(p, g, lock.pool, threads < 1 ? 1 : threads);
 }
 
+// Softmax of rows in place; `facts` is (4, heads, rows): top, total, on_keys, spread.
+void softmax_rows(Address x, long heads, long rows, long width, Address lo, Address hi, Address sink, float hidden, Address facts, int threads) {
+  require(heads > 0 && rows > 0 && width > 0, "a block has at least one head, one row and one key");
+  LogitRows r;
+  r.x = reinterpret_cast<float*>(x);
+  r.heads = heads;
+  r.rows = rows;
+  r.width = width;
+  r.lo = at<std::int64_t>(lo);
+  r.hi = at<std::int64_t>(hi);
+  r.sink = at<float>(sink);
+  r.hidden = hidden;
+  float* const to = reinterpret_cast<float*>(facts);
+  r.top = to;
+  r.total = to + heads * rows;
+  r.on_keys = to + 2 * heads * rows;
+  r.spread = to + 3 * heads * rows;
+  const Variant& variant = current();
+  nb::gil_scoped_release free;
+  PoolLock lock;
+  variant.softmax_rows(r, lock.pool, threads < 1 ? 1 : threads);
+}
+
 // Operations of a bare multiply-add loop on every thread.
 double peak(bool pairs, long rounds, int threads) {
   struct Job {
@@ -254,6 +277,8 @@ NB_MODULE(_native, m) {
   m.def("variant", [] { return std::string(current().name); }, "The one in use.");
   m.def("choose", choose, "Use this one from now on; an empty name means the best.");
   m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
+  m.def("softmax_rows", foveal::softmax_rows, nb::arg("x"), nb::arg("heads"), nb::arg("rows"), nb::arg("width"), nb::arg("lo"), nb::arg("hi"),
+        nb::arg("sink"), nb::arg("hidden"), nb::arg("facts"), nb::arg("threads"));
   m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
         nb::arg("entropy"), nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
         nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("groups").none(), nb::arg("threads"));

@@ -71,6 +71,17 @@ struct Gradients {
   float* dbias = nullptr;  // like bias, or null
 };
 
+// Logits (heads, rows, width) that become softmax weights in place; see foveal/kernels/native/rows.py.
+struct LogitRows {
+  float* x = nullptr;
+  long heads = 0, rows = 0, width = 0;
+  const std::int64_t *lo = nullptr, *hi = nullptr;  // (rows): row i sees the columns lo[i] <= j < hi[i]; the others become 0
+  const float* sink = nullptr;                      // (heads) logits of a key without a column, or null
+  float hidden = 0.0f;                              // a row whose largest logit is not above this sees nothing
+  // (heads, rows) each: the largest logit; Σ e^(x − top) and the sink's part; the share of the columns in that; Σ w · (x − top)
+  float *top = nullptr, *total = nullptr, *on_keys = nullptr, *spread = nullptr;
+};
+
 struct Pool;
 
 // One instruction set's kernels.
@@ -79,6 +90,7 @@ struct Variant {
   bool (*usable)();
   void (*forward)(const Problem&, Pool&, int threads);
   void (*backward)(const Problem&, const Gradients&, Pool&, int threads);
+  void (*softmax_rows)(const LogitRows&, Pool&, int threads);
   double (*peak)(bool pairs, long rounds);
 };
 

@@ -6,6 +6,7 @@
 #include "grouped.hpp"
 #include "listed_backward.hpp"
 #include "peak.hpp"
+#include "rows.hpp"
 
 namespace foveal::FOVEAL_VARIANT {
 
@@ -57,6 +58,6 @@ static void backward(const Problem& p, const Gradients& g, Pool& pool, int threa
 #define FOVEAL_TEXT_OF(x) #x
 #define FOVEAL_TEXT(x) FOVEAL_TEXT_OF(x)
 
-extern const Variant variant{FOVEAL_TEXT(FOVEAL_VARIANT), usable, forward, backward, peak};
+extern const Variant variant{FOVEAL_TEXT(FOVEAL_VARIANT), usable, forward, backward, softmax_rows, peak};
 
 }  // namespace foveal::FOVEAL_VARIANT

@@ -14,7 +14,7 @@ import pytest
 NAME = "foveal.kernels.native._native"
 TESTS = (
     "random_calls or edges or block_masks_on or few_rows or lists_of_keys or groups or entropy or demand or strides or see_nothing "
-    "or huge or nan or bitwise or many_threads or corrupt or door"
+    "or huge or nan or bitwise or many_threads or corrupt or door or any_rows or bounds"
 )
 
 if __name__ == "__main__":
@@ -24,4 +24,5 @@ if __name__ == "__main__":
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
-    sys.exit(pytest.main([str(Path(__file__).with_name("test_native.py")), "-k", TESTS, "-p", "no:cacheprovider"]))
+    files = [str(Path(__file__).with_name(f"{name}.py")) for name in ("test_native", "test_native_rows")]
+    sys.exit(pytest.main([*files, "-k", TESTS, "-p", "no:cacheprovider"]))

@@ -33,7 +33,7 @@ def assembled(
             out[block.b, block.heads, block.rows, block.keys] = block.weights
             seen[block.b, block.heads, block.rows] += 1
             there = block.weights > 1e-12
-            logs = (block.log_weights - block.offset[..., None])[there]
+            logs = block.log_weights[there]
             torch.testing.assert_close(logs, block.weights.log()[there])
             torch.testing.assert_close(block.received, block.weights.sum(1))
     assert (seen == 1).all()

@@ -67,8 +67,8 @@ class HeadDivergence(Probe):
         if self.kind == "tv":
             return (p - q).abs().sum(-1) / 2
         if self.kind == "kl":
-            log_p = one.log_weights - (one.offset + one.on_keys.log())[..., None]
-            log_q = other.log_weights - (other.offset + other.on_keys.log())[..., None]
+            log_p = one.log_weights - one.on_keys.log()[..., None]
+            log_q = other.log_weights - other.on_keys.log()[..., None]
             return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_(min=0)
         middle = (p + q) / 2
         halves = torch.special.xlogy(p, p) + torch.special.xlogy(q, q)

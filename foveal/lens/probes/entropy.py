@@ -21,5 +21,5 @@ class Entropy(RowProbe):
     """
 
     def measure(self, block: Block, site: Site) -> Tensor:
-        surprise = -torch.linalg.vecdot(block.weights, block.log_weights) / block.on_keys
+        surprise = -block.spread / block.on_keys
         return torch.where(block.real, surprise + block.offset + block.on_keys.log(), 0.0).clamp_(min=0)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ...hf import AttentionEvent
 
 
+FEW = 16
+"""Keys that are faster picked one by one than in a product with all."""
+
+
 @register("probe", "mass")
 @dataclass(frozen=True)
 class Mass(Probe):
@@ -48,16 +52,22 @@ class Mass(Probe):
 
     def see(self, block: Block, site: Site, state: list[Tensor]) -> None:
         for i, positions in enumerate(self.sets.values()):
-            chosen = self._indicator(block, tuple(positions))
-            state[-1][block.b, block.heads, block.rows, i] = block.dot(chosen[block.keys])
+            few, chosen = self._members(block, tuple(positions))
+            if few is None:
+                sums = block.dot(chosen[block.keys])
+            else:
+                columns = [at - block.keys.start for at in few if block.keys.start <= at < block.keys.stop]
+                sums = block.weights[..., columns].sum(-1)
+            state[-1][block.b, block.heads, block.rows, i] = sums
 
-    def _indicator(self, block: Block, positions: tuple[int, ...]) -> Tensor:
-        """``(Nk,)`` 1 on the set; remembered with the mask, since layers share it."""
+    def _members(self, block: Block, positions: tuple[int, ...]) -> tuple[list[int] | None, Tensor]:
+        """The set's key indices where they are few, and ``(Nk,)`` 1 on the set; remembered with the mask, since layers share it."""
         base, line = block.call.base, block.b % block.call.base.rank.shape[0]
         memo = ("lens_set", positions, line)
         if memo not in base.cache:
-            wanted = torch.tensor(positions, device=base.device)
-            base.cache[memo] = torch.isin(base.rank[line], wanted).to(block.weights.dtype)
+            inside = torch.isin(base.rank[line], torch.tensor(positions, device=base.device))
+            few = inside.nonzero()[:, 0].tolist() if int(inside.sum()) <= FEW else None
+            base.cache[memo] = few, inside.to(block.weights.dtype)
         return base.cache[memo]
 
     def finish(self, site: Site, state: list[Tensor]) -> dict[str, Result]:

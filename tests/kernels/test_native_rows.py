@@ -1,0 +1,120 @@
+"""Softmax of rows in place: equal to torch's in float64, on every instruction set that the machine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from foveal.core.errors import ShapeError
+from foveal.kernels.native import unavailable
+
+if unavailable() is not None:
+    pytest.skip(f"native kernels: {unavailable()}", allow_module_level=True)
+
+from foveal.kernels.native import _native
+from foveal.kernels.native.rows import softmax_rows_
+
+
+@pytest.fixture(params=_native.variants(), scope="module")
+def variant(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _native.variant()
+    _native.choose(request.param)
+    yield
+    _native.choose(before)
+
+
+def expected(x: Tensor, lo: Tensor, hi: Tensor, sink: Tensor | None) -> tuple[Tensor, ...]:
+    """Weights, top, total, share and spread by definition, in float64; rows that see nothing give 0, 1, 1 and 0."""
+    column = torch.arange(x.shape[-1])
+    seen = (column >= lo[:, None]) & (column < hi[:, None])
+    s = torch.where(seen, x.double(), -torch.inf)
+    top = s.amax(-1)
+    e = torch.where(seen, (s - top[..., None]).exp(), 0.0)
+    total = e.sum(-1) + (0 if sink is None else (sink.double()[:, None] - top).exp())
+    sees = (hi > lo).expand_as(top)
+    w = torch.where(sees[..., None], e / total[..., None], 0.0)
+    spread = torch.where(w > 0, w * (s - top[..., None]), 0.0).sum(-1)
+    return (
+        w,
+        top,
+        torch.where(sees, total, 1.0),
+        torch.where(sees, e.sum(-1) / total, 1.0),
+        torch.where(sees, spread, 0.0),
+    )
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 9), st.sampled_from([1, 7, 8, 31, 32, 33, 64, 100, 257]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_rows(variant: None, heads: int, rows: int, width: int, with_sink: bool, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = 4 * torch.randn(heads, rows, width, generator=g)
+    lo = torch.randint(0, width, (rows,), generator=g)
+    hi = torch.maximum(torch.randint(0, width + 1, (rows,), generator=g), lo)  # some rows see nothing
+    sink = torch.randn(heads, generator=g) if with_sink else None
+    weights, top, total, share, spread = expected(x, lo, hi, sink)
+    got = x.clone()
+    facts = softmax_rows_(got, lo, hi, sink)
+    torch.testing.assert_close(got.double(), weights, atol=1e-7, rtol=2e-6)
+    sees = (hi > lo).expand_as(top)
+    assert torch.equal(facts.top[sees].double(), top[sees])
+    for found, want in ((facts.total, total), (facts.on_keys, share), (facts.spread, spread)):
+        torch.testing.assert_close(found.double(), want, atol=1e-6, rtol=3e-6)
+
+
+def test_many_threads_give_the_same_bits(variant: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 77, 1000, generator=g)
+    lo, hi = torch.zeros(77, dtype=torch.long), torch.arange(924, 1001)
+    before = torch.get_num_threads()
+    found: list[tuple[Tensor, ...]] = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            weights = x.clone()
+            found.append((*softmax_rows_(weights, lo, hi), weights))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_huge_gaps_and_hidden_logits(variant: None) -> None:
+    x = torch.full((1, 2, 40), -1e30)
+    x[0, 0, 3], x[0, 0, 9] = 5.0, -200.0
+    facts = softmax_rows_(x, torch.zeros(2, dtype=torch.long), torch.full((2,), 40), None, -5e29)
+    assert x[0, 0, 3] == 1 and x[0].sum() == 1 and not x[0, 1].any()
+    assert facts.spread[0, 0].abs() < 1e-30 and facts.total[0].tolist() == pytest.approx([1.0, 1.0], rel=1e-7)
+
+
+@pytest.mark.parametrize("width", [1, 5, 40])
+def test_nan_is_not_hidden(variant: None, width: int) -> None:
+    x = torch.zeros(1, 2, width)
+    x[0, 1, width // 2] = torch.nan
+    softmax_rows_(x, torch.zeros(2, dtype=torch.long), torch.full((2,), width))
+    assert x[0, 0].isfinite().all() and x[0, 1].isnan().any()
+
+
+def test_bounds_outside_the_block_are_cut(variant: None) -> None:
+    x = torch.zeros(1, 2, 10)
+    softmax_rows_(x, torch.tensor([-5, 4]), torch.tensor([5, 99]))
+    assert x[0, 0].tolist() == pytest.approx([0.2] * 5 + [0.0] * 5)
+    assert x[0, 1].tolist() == pytest.approx([0.0] * 4 + [1 / 6] * 6)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    zero, ten = torch.zeros(2, dtype=torch.long), torch.full((2,), 10)
+    with pytest.raises(ShapeError, match="contiguous float32"):
+        softmax_rows_(torch.zeros(1, 2, 10, dtype=torch.float64), zero, ten)
+    with pytest.raises(ShapeError, match="contiguous float32"):
+        softmax_rows_(torch.zeros(1, 2, 20)[..., :10], zero, ten)
+    with pytest.raises(ShapeError, match="lo is"):
+        softmax_rows_(torch.zeros(1, 2, 10), zero[:1], ten)
+    with pytest.raises(ShapeError, match="sink has shape"):
+        softmax_rows_(torch.zeros(1, 2, 10), zero, ten, torch.zeros(2))
