@@ -71,6 +71,7 @@ struct Gradients {
   float* dbias = nullptr;  // like bias, or null
 };
 
+struct LinearProblem;
 struct Pool;
 
 // One instruction set's kernels.
@@ -79,6 +80,7 @@ struct Variant {
   bool (*usable)();
   void (*forward)(const Problem&, Pool&, int threads);
   void (*backward)(const Problem&, const Gradients&, Pool&, int threads);
+  void (*linear)(const LinearProblem&, Pool&, int threads);
   double (*peak)(bool pairs, long rounds);
 };
 

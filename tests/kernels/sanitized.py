@@ -16,6 +16,7 @@ TESTS = (
     "random_calls or edges or block_masks_on or few_rows or lists_of_keys or groups or entropy or demand or strides or see_nothing "
     "or huge or nan or bitwise or many_threads or corrupt or door"
 )
+FILES = ("test_native.py", "test_linear_native.py")
 
 if __name__ == "__main__":
     (library,) = Path(sys.argv[1]).glob("_native*.so")
@@ -24,4 +25,5 @@ if __name__ == "__main__":
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
-    sys.exit(pytest.main([str(Path(__file__).with_name("test_native.py")), "-k", TESTS, "-p", "no:cacheprovider"]))
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    sys.exit(pytest.main([*files, "-k", TESTS, "-p", "no:cacheprovider"]))
