@@ -41,23 +41,20 @@ def product(
     return out, end
 
 
-def _empty(
-    q: Tensor, v: Tensor, q_extra: Tensor | None, start: Tensor, cu: Tensor | None, normalise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(q: Tensor, v: Tensor, start: Tensor, cu: Tensor | None, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten out, divisor and end; with sets, a row's heads lie side by side, as they came."""
     b, heads, groups, n, _ = q.shape
-    make = {"dtype": torch.float32, "device": q.device}
     shape, order = ((b, n, heads, groups), (0, 2, 3, 1)) if cu is not None else ((b, heads, groups, n), (0, 1, 2, 3))
-    out = torch.empty(*shape, v.shape[-1], **make).permute(*order, 4)  # type: ignore[arg-type]
-    divisor = torch.empty(shape if normalise else (0, 0, 0, 0), **make).permute(*order)  # type: ignore[arg-type]
-    return out, divisor, torch.empty(start.shape, **make)  # type: ignore[arg-type]
+    out = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device).permute(*order, 4)
+    divisor = torch.empty(shape if normalise else (0, 0, 0, 0), dtype=torch.float32, device=q.device).permute(order)
+    return out, divisor, torch.empty(start.shape, dtype=torch.float32, device=q.device)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, start: Tensor, cu: Tensor | None,
     causal: bool, reverse: bool, normalise: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, divisor, end = _empty(q, v, q_extra, start, cu, normalise)
+    out, divisor, end = _empty(q, v, start, cu, normalise)
     _native.linear(
         (*start.shape[:2], q.shape[2], k.shape[2], q.shape[3], k.shape[3], q.shape[4], v.shape[4]),
         *((x.data_ptr(), TYPES.index(x.dtype), x.stride()) for x in (q, k, v)),
@@ -77,7 +74,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, start: Tensor, cu: Tensor | None,
     causal: bool, reverse: bool, normalise: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty(q, v, q_extra, start, cu, normalise)
+    return _empty(q, v, start, cu, normalise)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
