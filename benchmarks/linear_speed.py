@@ -2,8 +2,9 @@
 
 Usage: python benchmarks/linear_speed.py [--repeats 5] [--scale 1.0] [--cpu-time] [--out benchmarks/results/linear_speed.json]
 
-- ``linear``: one head of 64, float32, 16k tokens, both directions and causal, beside torch's SDPA of the same kind; the exponent
-  is the slope of log time over log length from 4k to 64k tokens.
+- ``linear``: one head of 64, float32, 16k tokens, both directions and causal, beside torch's SDPA of the same kind: the form that is
+  taken by default, in C++ (``native``) and in torch (``chunked``); the exponent is the slope of log time over log length from 4k to
+  64k tokens. ``native_work`` counts the multiply-adds of the C++ form and sets their rate beside that of a bare loop of them.
 - ``toeplitz``: the product with 32 columns, 2k to 32k rows, in float32 and float64.
 - ``ragged``: sets in a flat array, 4 heads of 32, packed beside padded to the longest; padding in and out counts for the padded
   form, since the data are flat. ``even`` sets have all one size, ``skewed`` ones log-normal sizes.
@@ -26,12 +27,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from foveal.bench.results import load_average, rounded, write_result
 from foveal.bench.timing import interleaved, speedups
+from foveal.kernels import native
 from foveal.kernels.linear import linear_attention
 from foveal.kernels.linear_ragged import linear_attention_packed
 from foveal.kernels.toeplitz import toeplitz_matmul
 
 CLOCK = time.perf_counter
 SEED, DIM, LENGTH = 0, 64, 16384
+CHUNK, STEP = 48, 12  # of src/native/linear.hpp
 LINEAR_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 TOEPLITZ_LENGTHS, COLUMNS = (2048, 4096, 8192, 16384, 32768), 32
 HEADS, WIDTH, SETS = 4, 32, 200
@@ -65,6 +68,23 @@ def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, Any]:
     }
 
 
+def native_work(n: int, causal: bool, seconds: float) -> dict[str, float]:
+    """Floating-point operations of the C++ form (two per multiply-add), their rate, and what a bare loop of them reaches."""
+    from foveal.kernels.native import _native
+
+    pairs = (CHUNK + STEP) / 2 if causal else 0  # keys of its own chunk that a row meets, on average
+    operations = 2.0 * n * DIM * (2 * DIM + 2 * pairs)
+    start = CLOCK()
+    done = _native.peak(False, 20_000_000, torch.get_num_threads())
+    limit = done / (CLOCK() - start)
+    return {
+        "gflop": operations / 1e9,
+        "gflop_per_second": operations / seconds / 1e9,
+        "limit_gflop_per_second": limit / 1e9,
+        "share_of_limit": operations / seconds / limit,
+    }
+
+
 def linear(repeats: int, scale: float) -> dict[str, Any]:
     g = torch.Generator().manual_seed(SEED)
 
@@ -77,12 +97,18 @@ def linear(repeats: int, scale: float) -> dict[str, Any]:
         pair = {
             "sdpa": partial(scaled_dot_product_attention, *one, is_causal=causal),
             "linear": partial(linear_attention, *one, causal=causal),
+            "chunked": partial(linear_attention, *one, causal=causal, impl="chunked"),
         }
+        has_native = native.unavailable() is None
+        if has_native:
+            pair["native"] = partial(linear_attention, *one, causal=causal, impl="native")
         lengths = [int(m * scale) for m in LINEAR_LENGTHS]
         jobs = {str(m): partial(linear_attention, *tensors(m), causal=causal) for m in lengths}
         found = interleaved(jobs, repeats, clock=CLOCK)
+        beside = interleaved(pair, repeats, clock=CLOCK)
         rows[name] = {
-            **summary(interleaved(pair, repeats, clock=CLOCK), "sdpa"),
+            **summary(beside, "sdpa"),
+            "native_work": native_work(n, causal, min(beside["native"])) if has_native else None,
             "growth_exponent": growth({m: min(found[str(m)]) for m in lengths}),
             "milliseconds_by_length": {m: 1e3 * min(values) for m, values in found.items()},
         }

@@ -1,8 +1,9 @@
 """Linear attention over mapped features: ``out_i = φ(q_i)·Σ_j φ(k_j) v_jᵀ / (φ(q_i)·Σ_j φ(k_j) + ε)``.
 
 The feature map is the caller's: ``q`` and ``k`` here are φ(q) and φ(k), with any number F of features. Three equal forms:
-quadratic (``impl="reference"``, the definition), chunked (``"fast"``) and one token at a time (:func:`linear_step`). Sets of
-different sizes in one flat array: :func:`foveal.kernels.linear_ragged.linear_attention_packed`.
+quadratic (``impl="reference"``, the definition), chunked (``"native"`` in C++ on CPUs, ``"chunked"`` in torch; ``"fast"`` takes
+the first where it can) and one token at a time (:func:`linear_step`). Sets of different sizes in one flat array:
+:func:`foveal.kernels.linear_ragged.linear_attention_packed`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError, ShapeError, nearest
+from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
+from . import native
 from .call import compute_dtype
 from .linear_chunks import CHUNK, all_rows, earlier_rows, sums
 
-Impl = Literal["fast", "reference"]
-IMPLS = ("fast", "reference")
+Impl = Literal["fast", "native", "chunked", "reference"]
+IMPLS = ("fast", "native", "chunked", "reference")
+NATIVE_WIDTH = 256
+"""Features and channels that the C++ form takes: above, its states leave the cache and torch's products are as fast."""
 
 
 class LinearState(NamedTuple):
@@ -52,8 +56,9 @@ def linear_attention(
         normalise: divide by φ(q_i)·Σ φ(k_j) + ``eps``; a row whose divisor is 0 gives zeros. False gives the sums alone.
         valid: ``(B, Nk)`` bool, False on padding: such keys count for nothing, and with Nq = Nk such rows give zeros.
         state: of keys that every row sees besides these.
-        chunk: rows per chunk of the causal form.
-        impl: ``"fast"``, or ``"reference"``, quadratic and in float64.
+        chunk: rows per chunk of the causal form in torch.
+        impl: ``"fast"``: ``"native"`` on CPU in float32 and half precision where F and Dv are at most 256, else ``"chunked"``;
+            ``"reference"`` is quadratic and in float64.
 
     Returns:
         ``out`` ``(B, H, Nq, Dv)`` in v's dtype, and the state with these keys added; gradients flow through both. Sums are kept
@@ -61,6 +66,7 @@ def linear_attention(
 
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit. ConfigError: an unknown ``impl``, a ``chunk`` below 1.
+        UnsupportedError: ``impl="native"`` where it cannot run.
     """
     check(q, k, v, impl, chunk)
     if q.dim() != 4 or q.shape[0] != k.shape[0] or (causal and q.shape[2] != k.shape[2]):
@@ -79,6 +85,11 @@ def linear_attention(
     start = joined_state(state, (k.shape[0], *k.shape[1:2], k.shape[-1], v.shape[-1]), normalise, dtype, v.device)
     if impl == "reference":
         out, end = _reference(q, k, v, start, causal, normalise)
+        out = divided(out, normalise, eps)
+    elif in_cpp(q, v, impl):
+        grouped = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+        out, end = native_product(*grouped, start, None, causal, normalise, eps)
+        out = out.flatten(1, 2)
     else:
         b, hkv = k.shape[:2]
         product = earlier_rows(chunk) if causal else all_rows
@@ -86,7 +97,8 @@ def linear_attention(
         qs, ks, vs = (x.reshape(b * hkv, x.shape[1] // hkv, *x.shape[2:]) for x in (q, k, values))
         out, end = sums(qs, ks, vs, start.flatten(0, 1), product)
         out, end = out.unflatten(0, (b, hkv)).flatten(1, 2), end.unflatten(0, (b, hkv))
-    out = divided(out, normalise, eps).to(v.dtype)
+        out = divided(out, normalise, eps)
+    out = out.to(v.dtype)
     if valid is not None and q.shape[2] == k.shape[2]:
         out = out.masked_fill(~valid[:, None, :, None], 0.0)
     return out, split_state(end, k, normalise, state)
@@ -158,6 +170,49 @@ def check(q: Tensor, k: Tensor, v: Tensor, impl: str, chunk: int) -> None:
         raise ShapeError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device}; expected one floating dtype and one device."
         )
+
+
+def refusals(q: Tensor, v: Tensor) -> list[str]:
+    """Reasons why the C++ form cannot run the call."""
+    reasons = []
+    why = _missing()
+    if why is not None:
+        reasons.append(why)
+    if q.device.type != "cpu":
+        reasons.append(f"runs on CPU; the tensors are on {q.device.type}")
+    if q.dtype not in native.TYPES:
+        reasons.append("computes in float32 or lower")
+    if not (0 < q.shape[-1] <= NATIVE_WIDTH and 0 < v.shape[-1] <= NATIVE_WIDTH):
+        reasons.append(f"takes 1 to {NATIVE_WIDTH} features and channels, not {q.shape[-1]} and {v.shape[-1]}")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    return native.unavailable()
+
+
+def in_cpp(q: Tensor, v: Tensor, impl: str) -> bool:
+    """Whether the C++ form runs the call.
+
+    Raises:
+        UnsupportedError: ``impl="native"`` asks for it and it cannot.
+    """
+    if impl not in ("fast", "native"):
+        return False
+    reasons = refusals(q, v)
+    if reasons and impl == "native":
+        raise UnsupportedError(f"impl='native' {'; '.join(reasons)}. Use impl='fast', which takes what can run.")
+    return not reasons
+
+
+def native_product(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, cu: Tensor | None, causal: bool, normalise: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`foveal.kernels.native.linear.product`, imported when first used: it needs the compiled part."""
+    from .native.linear import product
+
+    return product(q, k, v, start, cu=cu, causal=causal, normalise=normalise, eps=eps)
 
 
 def with_ones(v: Tensor, normalise: bool) -> Tensor:

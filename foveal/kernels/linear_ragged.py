@@ -19,8 +19,10 @@ from .linear import (
     LinearState,
     check,
     divided,
+    in_cpp,
     joined_state,
     linear_attention,
+    native_product,
     with_ones,
 )
 from .linear_chunks import Product, sums
@@ -56,13 +58,15 @@ def linear_attention_packed(
         causal, normalise, eps: as in :func:`foveal.kernels.linear.linear_attention`.
         state: one per set, with W in the place of B.
         chunk: rows per chunk; default what wastes least: a power of two from 8 to 64, or the largest set when it is that small.
-        impl: ``"fast"``, or ``"reference"``, a loop over sets in float64.
+            Of the torch form.
+        impl: as in :func:`foveal.kernels.linear.linear_attention`; ``"reference"`` is a loop over sets in float64.
 
     Returns:
         ``out`` ``(T, H, Dv)`` in v's dtype, and the state of every set.
 
     Raises:
         ShapeError: shapes, dtypes or boundaries that do not fit. ConfigError: an unknown ``impl``, a ``chunk`` below 1.
+        UnsupportedError: ``impl="native"`` where it cannot run.
     """
     heads_first = [x.transpose(-3, -2) if x.dim() == 3 else x for x in (q, k, v)]
     check(heads_first[0], heads_first[1], heads_first[2], impl, 1 if chunk is None else chunk)
@@ -74,15 +78,20 @@ def linear_attention_packed(
     start = joined_state(state, (count, hkv, f, v.shape[-1]), normalise, dtype, v.device)
     if impl == "reference":
         return _reference(q, k, v, cu_seqlens, causal, normalise, eps, state)
-    plan = Pieces.cut(cu_seqlens, chunk)
-    values = with_ones(v, normalise)
-    qs, ks, vs = (x.unflatten(1, (hkv, x.shape[1] // hkv)) for x in (q, k, values))
-    out, end = sums(qs, ks, vs, start, plan.product(causal))
-    out = divided(out.flatten(1, 2), normalise, eps).to(v.dtype)
+    qs, ks, vs = (x.unflatten(1, (hkv, x.shape[1] // hkv)) for x in (q, k, v))
+    if in_cpp(q, v, impl):
+        grouped = (x.permute(1, 2, 0, 3)[None] for x in (qs, ks, vs))  # (1, Hkv, G, T, C)
+        out, end = native_product(*grouped, start, cu_seqlens.long().contiguous(), causal, normalise, eps)
+        out = out[0].permute(2, 0, 1, 3).flatten(1, 2)
+    else:
+        out, end = sums(qs, ks, with_ones(vs, normalise), start, Pieces.cut(cu_seqlens, chunk).product(causal))
+        out = divided(out.flatten(1, 2), normalise, eps)
+    out = out.to(v.dtype)
     if normalise:
         return out, LinearState(end[..., :-1], end[..., -1])
     keys = k.to(dtype)
-    total = keys.new_zeros(count, hkv, f).index_add(0, plan.set_of_row(q.shape[0]), keys)
+    of_row = torch.repeat_interleave(torch.arange(count, device=k.device), cu_seqlens.long().diff())
+    total = keys.new_zeros(count, hkv, f).index_add(0, of_row, keys)
     return out, LinearState(end, total if state is None else total + state.k)
 
 
@@ -157,12 +166,6 @@ class Pieces:
         last = cu[owner + 1, None]
         filled = rows < last
         return cls(torch.minimum(rows, last - 1), filled, owner, step, bool(filled.all()))
-
-    def set_of_row(self, total: int) -> Tensor:
-        """``(T,)`` int64: the set of every row."""
-        out = self.owner.new_empty(total)
-        out[self.rows[self.filled]] = self.owner[:, None].expand_as(self.rows)[self.filled]
-        return out
 
     def product(self, causal: bool) -> Product:
         """The sums of ``foveal.kernels.linear_chunks`` over tensors ``(T, Hkv, G, C)`` and states ``(W, Hkv, F, D)``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, ShapeError
+from ..core.errors import ConfigError, ShapeError, UnsupportedError
 from ..kernels.memory_scan import Weights
 from .key_values import KeyValues
 from .neural_memory import LayerState, NeuralMemory
@@ -75,6 +75,30 @@ class Titans(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim}).")
+
+    def padded(self, x: Tensor, valid: Tensor) -> Tensor:
+        """A batch of sequences of different lengths, padded anywhere: every row as if it came alone, zeros on padding.
+
+        Real tokens move to the front, where causality keeps padding from them. No state comes out: rows end at different tokens.
+
+        Args:
+            x: ``(B, N, dim)``; what it holds on padding is never read. valid: ``(B, N)`` bool, True on real tokens.
+
+        Raises:
+            ShapeError: shapes that do not fit. UnsupportedError: MAC with ``literal``, whose tokens see later ones.
+        """
+        self._check(x)
+        if valid.shape != x.shape[:2] or valid.dtype != torch.bool:
+            raise ShapeError(
+                f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; expected {tuple(x.shape[:2])} bool, True on real tokens."
+            )
+        if getattr(self, "literal", False):
+            raise UnsupportedError(
+                "literal=True lets tokens see the padding behind them; run sequences of one length, or MAC without literal."
+            )
+        order = valid.long().argsort(dim=1, descending=True, stable=True)[..., None].expand_as(x)
+        out, _ = self(x.masked_fill(~valid[..., None], 0.0).gather(1, order))
+        return torch.zeros_like(out).scatter(1, order, out).masked_fill(~valid[..., None], 0.0)
 
     def _opened(self, x: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState, int]:
         """The piece with the persistent tokens before it when the stream begins, a state, and how many were put there."""

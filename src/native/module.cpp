@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "door.hpp"
 #include "pool.hpp"
-#include "problem.hpp"
 
 namespace nb = nanobind;
 
@@ -55,6 +55,8 @@ const Variant* chosen = nullptr;
 
 void choose(const std::string& name) { chosen = &variant_named(name); }
 
+}  // namespace
+
 const Variant& current() {
   if (!chosen) {
     const char* name = std::getenv("FOVEAL_ISA");
@@ -63,11 +65,9 @@ const Variant& current() {
   return *chosen;
 }
 
-using Address = std::uintptr_t;
-using Four = std::tuple<long, long, long, long>;
+namespace {
 
-template <class T>
-const T* at(Address a) { return reinterpret_cast<const T*>(a); }
+using Four = std::tuple<long, long, long, long>;
 
 Strided strided(Address data, const Four& step) {
   return {at<void>(data), {std::get<0>(step), std::get<1>(step), std::get<2>(step), std::get<3>(step)}};
@@ -78,10 +78,6 @@ using Bounds = std::tuple<Address, Address, long>;                  // lo, hi, b
 using Valid = std::tuple<Address, long>;                            // valid, batch
 using Kinds = std::tuple<Address, long, long, long, long, long, long>;  // kinds, batch, heads, q_tiles, kv_tiles, q_tile, kv_tile
 using Slots = std::tuple<Address, long, long, Address, long, long>;     // slot, batch, heads, table, tables, words
-
-void require(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
 
 Visible visible(const Problem& p, const Bounds& bounds, const std::optional<Valid>& valid, const std::optional<Kinds>& kinds,
                 const std::optional<Slots>& slots) {
@@ -286,4 +282,5 @@ NB_MODULE(_native, m) {
         nb::arg("lse"), nb::arg("dlse"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::arg("dbias"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(), nb::arg("kinds").none(), nb::arg("slots").none(),
         nb::arg("lists").none(), nb::arg("groups").none(), nb::arg("threads"));
+  bind_linear(m);
 }

@@ -114,7 +114,35 @@ inline void transpose16(const Unit* const* rows, long at, long count, Unit* to, 
     if (i < count) _mm512_storeu_si512(to + i * ld, a[i]);
 }
 #else
+#if defined(__AVX2__)
+// 8 rows of 8 units become 8 rows of 8.
+inline void transpose8(const Unit* const* rows, long at, Unit* to, long ld) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = load_units(rows[i] + at);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * ld), _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * ld), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#endif
+
 inline void transpose16(const Unit* const* rows, long at, long count, Unit* to, long ld) {
+#if defined(__AVX2__)
+  for (; count >= 8; count -= 8, at += 8, to += 8 * ld) {
+    transpose8(rows, at, to, ld);
+    transpose8(rows + 8, at, to + 8, ld);
+  }
+#endif
   for (long i = 0; i < count; i++)
     for (int r = 0; r < 16; r++) to[i * ld + r] = rows[r][at + i];
 }

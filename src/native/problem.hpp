@@ -82,6 +82,7 @@ struct LogitRows {
   float *top = nullptr, *total = nullptr, *on_keys = nullptr, *spread = nullptr;
 };
 
+struct LinearProblem;
 struct Pool;
 
 // One instruction set's kernels.
@@ -91,6 +92,7 @@ struct Variant {
   void (*forward)(const Problem&, Pool&, int threads);
   void (*backward)(const Problem&, const Gradients&, Pool&, int threads);
   void (*softmax_rows)(const LogitRows&, Pool&, int threads);
+  void (*linear)(const LinearProblem&, Pool&, int threads);
   double (*peak)(bool pairs, long rounds);
 };
 

@@ -16,6 +16,7 @@ TESTS = (
     "random_calls or edges or block_masks_on or few_rows or lists_of_keys or groups or entropy or demand or strides or see_nothing "
     "or huge or nan or bitwise or many_threads or corrupt or door or any_rows or bounds"
 )
+FILES = ("test_native.py", "test_native_rows.py", "test_linear_native.py")
 
 if __name__ == "__main__":
     (library,) = Path(sys.argv[1]).glob("_native*.so")
@@ -24,5 +25,5 @@ if __name__ == "__main__":
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
-    files = [str(Path(__file__).with_name(f"{name}.py")) for name in ("test_native", "test_native_rows")]
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
     sys.exit(pytest.main([*files, "-k", TESTS, "-p", "no:cacheprovider"]))

@@ -230,6 +230,32 @@ def test_mag_and_mal_are_what_they_say():
 
 
 @KINDS
+@pytest.mark.parametrize("side", ["right", "left", "inside"])
+def test_padded_rows_equal_unpadded_ones(kind, side):
+    model, x = build(kind), tokens(batch=3)
+    valid = torch.ones(3, N, dtype=torch.bool)
+    valid[0, {"right": slice(9, N), "left": slice(0, 14), "inside": slice(4, 18)}[side]] = False
+    valid[2] = False
+    out = model.padded(torch.where(valid[..., None], x, torch.nan), valid)
+    for row in range(2):
+        kept = valid[row]
+        close(out[row : row + 1, kept], model(x[row : row + 1, kept])[0])
+    assert bool((out[~valid] == 0).all())
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(model.padded(x, valid)[0].sum(), x)
+    (alone,) = torch.autograd.grad(model(x[:1, valid[0]])[0].sum(), x)
+    close(grad[0, valid[0]], alone[0, valid[0]])
+    assert bool((grad[~valid] == 0).all())
+
+
+def test_padding_is_refused_where_tokens_see_later_ones():
+    with pytest.raises(UnsupportedError, match="literal=True"):
+        build("MAC", literal=True).padded(tokens(), torch.ones(B, N, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="valid has shape"):
+        build("MAG").padded(tokens(), torch.ones(B, N + 1, dtype=torch.bool))
+
+
+@KINDS
 def test_identity_9_rows_are_independent_and_a_new_stream_remembers_nothing(kind):
     model, x = build(kind), tokens()
     both = model(x)[0]

@@ -52,3 +52,20 @@ def backward(
     groups: tuple[int, ...] | None,
     threads: int,
 ) -> None: ...
+def linear(
+    sizes: tuple[int, ...],
+    q: tuple[int, int, tuple[int, ...]],
+    k: tuple[int, int, tuple[int, ...]],
+    v: tuple[int, int, tuple[int, ...]],
+    q_extra: _Tensor | None,
+    k_extra: _Tensor | None,
+    start: _Tensor,
+    cu: int,
+    out: _Tensor,
+    divisor: _Tensor | None,
+    end: int,
+    eps: float,
+    causal: bool,
+    reverse: bool,
+    threads: int,
+) -> None: ...
