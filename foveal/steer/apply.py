@@ -66,5 +66,5 @@ def apply(
 
 
 def report(handle: Handle) -> list[dict[str, Any]]:
-    """What each intervention did so far, in order, as JSON values."""
+    """What each intervention did so far, in order, as JSON values; ``fired`` is False for one that has changed nothing yet."""
     return [act.report() for act in handle.acts]

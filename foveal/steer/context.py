@@ -113,4 +113,6 @@ class _Steering(Act):
             name: total / self.rows if self.rows else None
             for name, total in (("before", self.before), ("after", self.after))
         }
-        return {"intervention": "ContextSteering", "alpha": self.what.alpha, "rows": self.rows, **mean}
+        return {
+            "intervention": "ContextSteering", "fired": self.rows > 0, "alpha": self.what.alpha, "rows": self.rows, **mean
+        }  # fmt: skip
