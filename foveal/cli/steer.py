@@ -115,17 +115,21 @@ def load(
 
 
 def adapter(path: Path, text: str, picture: Any) -> tuple[LoadedModel, Request]:
-    """The small vision-language model with an adapter of ``foveal train vlm``."""
+    """The small vision-language model with an adapter of ``foveal train vlm``.
+
+    Raises:
+        ConfigError: no picture. ModelError: no such adapter, or a package is missing.
+    """
     from ..hf.fingerprint import fingerprint
     from ..hf.load import LoadedModel
     from ..models.small_vlm import load_small_vlm
     from ..steer.request import Request
     from .guard import note
 
-    model, reader, _ = load_small_vlm(path, progress=note)
-    inputs = reader.prepare([picture], text) if picture is not None else {}
     if picture is None:
         raise ConfigError(f"{path.name} answers questions about a picture; add --image FILE.")
+    model, reader, _ = load_small_vlm(path, progress=note)
+    inputs = reader.prepare([picture], text)
     nothing: Any = None
     loaded = LoadedModel(model, nothing, path.name, f"file {path.name}", fingerprint(model), "float32", None)
     return loaded, Request.of(model, inputs, text, lambda ids: reader.decode_ids(ids))

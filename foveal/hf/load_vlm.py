@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ModelError
+from ..core.info import PACKAGED
 from .checkpoint import model_folder, read_checkpoint
 from .fingerprint import fingerprint
 from .load import LoadedModel, resolve, tidy
@@ -54,9 +55,11 @@ def load_vlm(
     wanted, place = resolve(dtype, device)
     path, text = Path(name).expanduser(), os.fspath(name)
     folder = path.is_dir()
-    if path.is_file() or (not folder and (text.endswith(".gguf") or text.startswith((".", "~", os.sep)))):
+    if not folder and (
+        text in PACKAGED or path.is_file() or text.endswith(".gguf") or text.startswith((".", "~", os.sep))
+    ):
         raise ModelError(
-            f"model {text!r} is no folder; a vision-language model comes as a folder with its processor, or as a Hugging Face id."
+            f"model {text!r} reads no pictures; expected a folder with a vision-language model and its processor, or a Hugging Face id."
         )
     shown = path.name if folder else text
     if progress is not None:
@@ -65,6 +68,8 @@ def load_vlm(
         made = wanted or (torch.float32 if place.type == "cpu" else None)
         model, processor = read_checkpoint(str(model_folder(path)) if folder else text, made, trust_remote_code, pictures=True)  # fmt: skip
         model = model.to(place).eval()
+    if not hasattr(processor, "tokenizer"):  # transformers gives what it finds
+        raise ModelError(f"{shown} has no readable processor; put one there: processor.save_pretrained(folder).")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LoadedVLM(
         model, processor.tokenizer, shown, f"folder {shown}" if folder else f"Hugging Face {text}", fingerprint(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_refuses(model: Path, words: list[str], message: str) -> None:
 def test_refuses_pictures_that_do_not_fit(model: Path, vlm: Path, picture: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
-    cases = {
+    cases: dict[str, tuple[object, ...]] = {
         "LlamaForCausalLM, which has no image tokens and reads no pictures": (model, "--image", picture, "--vhr", 2),
         "is no picture that Pillow can read": (vlm, "--image", broken, "--vhr", 2),
         "the prompt has 10 tokens and none is an image token": (vlm, "--vhr", 2),
@@ -154,6 +155,13 @@ def test_refuses_pictures_that_do_not_fit(model: Path, vlm: Path, picture: Path,
         "no adapter at nowhere.safetensors": (tmp_path / "nowhere.safetensors", "--image", picture, "--vhr", 2),
         "no .safetensors file beside config.json": (tmp_path / "empty", "--image", picture, "--vhr", 2),
     }  # fmt: skip
+    bare = tmp_path / "bare"
+    shutil.copytree(vlm, bare, ignore=shutil.ignore_patterns("processor_config.json"))
+    cases |= {
+        "bare has no readable processor": (bare, "--image", picture, "--vhr", 2),
+        "model 'smollm2' reads no pictures": ("smollm2", "--image", picture, "--vhr", 2),
+        "small.safetensors answers questions about a picture": (tmp_path / "small.safetensors", "--vhr", 2),
+    }
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llava"}')
     for message, (name, *rest) in cases.items():
