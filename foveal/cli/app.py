@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, compress, info, inspect, papers, patterns, reproduce, run, simulate, train, tune
+from . import bench, compress, info, inspect, papers, patterns, reproduce, run, simulate, steer, train, tune
 from . import eval as evaluate
 from .guard import DEBUG, GuardedGroup
 
@@ -45,7 +45,7 @@ def root(
         os.environ[DEBUG] = "1"
 
 
-for verb in (tune, run, evaluate, inspect, bench, papers, reproduce, patterns, simulate, train, compress, info):
+for verb in (tune, run, evaluate, inspect, steer, bench, papers, reproduce, patterns, simulate, train, compress, info):
     verb.add_to(app)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, in a folder or on the hub: safetensors only, causal language models only, errors that teach."""
+"""Hugging Face checkpoints, in a folder or on the hub: safetensors only, language and vision-language models, errors that teach."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ FORMS = f"a packaged name ({', '.join(PACKAGED)}), a folder, a .gguf file, or a 
 """What a model may be called."""
 
 
-def read_checkpoint(name: str, dtype: torch.dtype | None, remote: bool) -> tuple[Any, Any]:
+def read_checkpoint(name: str, dtype: torch.dtype | None, remote: bool, *, pictures: bool = False) -> tuple[Any, Any]:
     """``(model, tokenizer)`` of a folder or a hub id; ``dtype`` None keeps the checkpoint's own.
 
+    Args:
+        pictures: read a vision-language model, and its processor in the tokenizer's place.
+
     Raises:
-        ModelError: it cannot be found or read, is incomplete, not a causal language model, or not in safetensors.
+        ModelError: it cannot be found or read, is incomplete, of another kind, or not in safetensors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    maker: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+    reader: Any = AutoProcessor if pictures else AutoTokenizer
 
     offline = not Path(name).is_dir() and not _hub_reachable()
     options: dict[str, Any] = {"trust_remote_code": remote, "local_files_only": offline}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-        _check_causal(config, name)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        (_check_pictures if pictures else _check_causal)(config, name)
+        tokenizer = reader.from_pretrained(name, **options)
+        loaded: Any = maker.from_pretrained(
             name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
         model, info = loaded
@@ -44,7 +50,7 @@ def read_checkpoint(name: str, dtype: torch.dtype | None, remote: bool) -> tuple
         some = ", ".join(sorted(lost)[:3])
         raise ModelError(
             f"{name}: {len(lost)} weights of {type(model).__name__} are missing or have another shape ({some}). "
-            "Expected a complete checkpoint of a causal language model."
+            f"Expected a complete checkpoint of a {'vision-language' if pictures else 'causal language'} model."
         )
     return model, tokenizer
 
@@ -87,6 +93,17 @@ def _check_causal(config: Any, name: str) -> None:
         )
 
 
+def _check_pictures(config: Any, name: str) -> None:
+    """Raise :class:`ModelError` unless transformers makes a vision-language model of it."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None):
+        what = ", ".join(getattr(config, "architectures", None) or []) or type(config).__name__
+        raise ModelError(
+            f"{name} is {what}, which has no image tokens and reads no pictures; give text alone, or a vision-language model such as LlavaForConditionalGeneration."
+        )
+
+
 def _explain(name: str, error: Exception, offline: bool) -> str:
     """One sentence that names the cause and the next step."""
     text = str(error).strip()
@@ -101,6 +118,8 @@ def _explain(name: str, error: Exception, offline: bool) -> str:
             return f"model {name!r}: not found locally, and the Hugging Face hub cannot be reached from here.{hint} Expected {FORMS}."
         if "not a valid model identifier" in text or "Repository Not Found" in text or "404" in text:
             return f"model {name!r} is neither here nor on the Hugging Face hub. Expected {FORMS}."
+    if "rocessor" in text:
+        return f"{name} has no readable processor ({first}); put one there: processor.save_pretrained(folder)."
     if "okenizer" in text:
         return f"{name} has no readable tokenizer ({first}); put one there: tokenizer.save_pretrained(folder)."
     return f"{name} cannot be loaded: {first}."

@@ -43,7 +43,7 @@ class Reweigh:
     """Scale the attention weights of groups of keys, per head and row.
 
     Attributes:
-        groups: ``(B, Nk)`` int64 group of each key; 0 is the rest. count: number of groups, the rest included.
+        groups: ``(B, Nk)`` int64 group of each key; 0 is the rest, and a learned sink belongs to it. count: number of groups, the rest included.
         rows: ``(B, Nq)`` bool, rows that may change.
         factors: masses ``(count, B, H, R)`` of the chosen rows (float32 or float64) → factors of the same shape.
         rest: whether group 0 may be scaled too; it costs one more partial attention over these rows.
@@ -127,12 +127,18 @@ def reweighed(call: AttentionCall, steps: Sequence[Reweigh], sinks: Tensor | Non
     present = [c for c in torch.unique(cell).tolist() if c or rest]
     if not present:
         return out
-    _, lse = partial(call, rows, real, None, impl, sinks)
-    safe = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
     parts = [partial(call, rows, real, cell == c, impl) for c in present]
-    mass = torch.stack([torch.exp(part_lse - safe) for _, part_lse in parts])  # (cells, B, H, R)
+    lses = torch.stack([part_lse for _, part_lse in parts])  # (cells, B, H, R)
+    if rest:  # every key is in some cell
+        learned = [] if sinks is None else [(sinks.to(lses.dtype)[:, None]).expand_as(lses[0])[None]]
+        mass = _shares(torch.cat([lses, *learned])) * real[:, None]
+        left = mass[-1] if learned else torch.zeros_like(mass[0])
+        mass = mass[: len(present)]
+    else:
+        _, lse = partial(call, rows, real, None, impl, sinks)
+        mass = torch.exp(lses - torch.where(torch.isinf(lse), torch.zeros_like(lse), lse))
+        left = (1 - mass.sum(0)).clamp(min=0)
     factor = torch.ones_like(mass)
-    left = torch.zeros_like(mass[0]) if rest else (1 - mass.sum(0)).clamp(min=0)
     for i, step in enumerate(steps):
         below = 1
         for later in steps[i + 1 :]:
@@ -146,9 +152,18 @@ def reweighed(call: AttentionCall, steps: Sequence[Reweigh], sinks: Tensor | Non
         mine = step.rows.expand(batch, -1).gather(1, rows)[:, None] & real[:, None]
         wanted = torch.where(mine, step.factors(masses), 1.0).to(factor.dtype)
         factor = factor * wanted[group]
+        left = left * wanted[0]
     change = sum(((f - 1) * m)[..., None] * o.to(m.dtype) for f, m, (o, _) in zip(factor, mass, parts, strict=True))
     assert isinstance(change, Tensor)
     moved = torch.zeros(out.shape, dtype=change.dtype, device=out.device)
     where = rows[:, None, :, None].expand(batch, heads, -1, out.shape[-1])
     moved = moved.scatter_add(2, where, change * real[:, None, :, None])
     return torch.where(moved != 0, (out.to(moved.dtype) + moved).to(out.dtype), out)
+
+
+def _shares(lses: Tensor) -> Tensor:
+    """Softmax over the first dimension; 0 where every entry is −inf."""
+    top = lses.detach().amax(0)
+    parts = torch.exp(lses - torch.where(torch.isinf(top), torch.zeros_like(top), top))
+    total = parts.sum(0)
+    return parts / torch.where(total > 0, total, torch.ones_like(total))

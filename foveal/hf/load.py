@@ -84,8 +84,7 @@ def load_model(
     if importlib.util.find_spec("transformers") is None:
         raise ModelError("loading a model needs the package transformers: pip install 'foveal[hf]'.")
     say = progress or (lambda line: None)
-    place = _device(device)
-    wanted = _dtype(dtype)
+    wanted, place = resolve(dtype, device)
     text = os.fspath(name)
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     with tidy():
@@ -201,6 +200,16 @@ def _from_pretrained(
 
 def _looks_like_path(text: str) -> bool:
     return text.endswith(".gguf") or text.startswith((".", "~", os.sep)) or text.count("/") > 1 or "\\" in text
+
+
+def resolve(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch.dtype | None, torch.device]:
+    """The torch dtype, None for ``auto``, and the device that a caller asks for.
+
+    Raises:
+        ConfigError: unknown. UnsupportedError: a CUDA device where there is none.
+    """
+    place = _device(device)
+    return _dtype(dtype), place
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -52,7 +52,7 @@ def apply(
     kinds = [type(one).__name__ for one in chosen if getattr(one, "alone", False)]
     for name in sorted({k for k in kinds if kinds.count(k) > 1}):
         raise ConfigError(
-            f"interventions holds {kinds.count(name)} × {name}; the second would choose from what the first has changed. "
+            f"interventions holds {kinds.count(name)} × {name}; the second would see what the first has changed. "
             f"Give one {name} with the settings that you want."
         )
     if any(getattr(one, "takes_the_image_away", False) for one in chosen):
@@ -66,5 +66,5 @@ def apply(
 
 
 def report(handle: Handle) -> list[dict[str, Any]]:
-    """What each intervention did so far, in order, as JSON values."""
+    """What each intervention did so far, in order, as JSON values; ``fired`` is False for one that has changed nothing yet."""
     return [act.report() for act in handle.acts]

@@ -62,7 +62,7 @@ class ProcessorDoor:
             if hasattr(getattr(self.processor, "image_processor", None), "do_image_splitting")
             else {}
         )
-        return dict(self.processor(images=list(images), text=[text], return_tensors="pt", **whole))
+        return dict(self.processor(images=list(images) or None, text=[text], return_tensors="pt", **whole))
 
     def decode(self, ids: Tensor) -> str:
         """Text of generated ids."""

@@ -1,29 +1,28 @@
 """Steer a model towards the user's text: keys outside it count α times as much (arXiv 2411.02688, after PASTA).
 
 In a row with user mass p the new mass is ``p / (p + α(1 − p))``; ratios inside and outside the user's text stay as they are. It equals adding
-``log α`` to the scores of the other keys, and is computed exactly as two attentions over disjoint keys joined by their log-sum-exps: no
-N×N mask, any kernel, prefill and decoding alike.
+``log α`` to the scores of the other keys. Within a row that scales two groups of keys by one number each, so no N×N mask is made, on any kernel,
+in prefill and decoding alike.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.base_mask import BaseMask
 from ..core.errors import ConfigError, ShapeError
-from ..hf.families import AttentionSite
-from ..hf.own import own_attention
-from ..kernels.call import AttentionCall
-from ..kernels.dispatch import compute
-from ..kernels.merge import merge
+from ..hf.interventions import Act, Moment, Reweigh
+from .keys import check_layers, over_keys
+
+if TYPE_CHECKING:
+    from ..hf import Handle
 
 GENERATED = ("keep", "scale")
+OUTSIDE, INSIDE = 0, 1
 
 
 def steered_mass(p: float, alpha: float) -> float:
@@ -31,94 +30,89 @@ def steered_mass(p: float, alpha: float) -> float:
     return p / (p + alpha * (1 - p)) if p or alpha else 0.0
 
 
-def steered(
-    call: AttentionCall, outside: Tensor, alpha: float, sinks: Tensor | None = None, impl: str = "auto"
-) -> Tensor:
-    """One attention with the weights of some keys multiplied by ``alpha`` and every row made to sum to 1 again.
+def context_factors(mass: Tensor, alpha: float) -> Tensor:
+    """Factors of the keys outside and inside, from their masses ``(2, ...)``: ``α T / (p + α q)`` and ``T / (p + α q)``.
 
-    Args:
-        call: the attention. outside: ``(B or 1, Nk)`` bool, the keys that count less. alpha: in (0, 1].
-        sinks: ``(H,)`` learned logits of a key without a value, which lies outside too. impl: kernel implementation.
-
-    Returns:
-        ``(B, H, Nq, Dv)``. Rows that see no key inside keep their relative weights.
+    T = p + q is the row's sum, which stays. Rows that see keys of one kind only keep their weights.
     """
-    parts = [compute(call.replace(base=_only(call.base, keep), return_lse=True), impl) for keep in (~outside, outside)]
-    outs, lses = [out for out, _ in parts], [lse for _, lse in parts if lse is not None]
-    lses[1] = lses[1] + math.log(alpha)
-    if sinks is not None:
-        outs.append(torch.zeros_like(outs[0]))
-        lses.append((sinks.to(lses[0].dtype) + math.log(alpha))[None, :, None].expand_as(lses[0]))
-    return merge(outs, lses)[0]
+    outside, inside = mass[OUTSIDE], mass[INSIDE]
+    both = (outside > 0) & (inside > 0)
+    scale = (outside + inside) / torch.where(both, inside + alpha * outside, 1.0)
+    return torch.where(both, torch.stack([alpha * scale, scale]), 1.0)
 
 
-def _only(base: BaseMask, keep: Tensor) -> BaseMask:
-    """The mask with the other keys hidden like padding."""
-    valid = keep if base.valid is None else keep & base.valid
-    cache = {k: v for k, v in base.cache.items() if k == "predicate_batch"}
-    return replace(base, valid=valid, plain=False, cache=cache)
+@dataclass(frozen=True, eq=False)
+class ContextSteering:
+    """Weigh the keys outside the user's text by ``alpha`` in every head.
 
-
-@contextmanager
-def context_steering(
-    model: nn.Module, user: Tensor, alpha: float = 0.95, *, attention_mask: Tensor | None = None, generated: str = "keep",
-    layers: Collection[int] | None = None, impl: str = "auto",
-) -> Iterator[None]:  # fmt: skip
-    """Weigh the keys outside the user's text by ``alpha`` in every head, inside the block; ``generate`` works unchanged.
-
-    Args:
-        model: a decoder. user: ``(N,)`` or ``(B, N)`` bool over the prompt's tokens, see :func:`foveal.data.chat.read_chat`;
-            several spans make one mask. alpha: in (0, 1]; 0.95 in the paper's table; 1 leaves the model alone.
-        attention_mask: ``(B, N)`` of the prompt, where it is padded on the left.
-        generated: "keep" leaves the weight of keys after the prompt at 1 (the authors' code), "scale" counts them as outside (the
-            paper's text). layers: default all. impl: kernel implementation.
+    Attributes:
+        user: ``(N,)`` or ``(B, N)`` bool over the prompt's tokens, padding included and False there, see
+            :func:`foveal.data.chat.read_chat`; several spans make one mask.
+        alpha: above 0, at most 1; 0.95 in the paper's table; 1 changes no bit.
+        generated: ``"keep"`` leaves the weight of keys after the prompt at 1 (the authors' code), ``"scale"`` counts them as outside
+            (the paper's text). layers: default all.
 
     Raises:
-        ConfigError: alpha or generated out of range, no user token. ShapeError: masks of another shape or dtype.
-        UnsupportedError: a family that foveal does not reach, or a policy attached at the same time.
+        ConfigError: alpha or generated out of range, or a sequence without a user token. ShapeError: user of another shape or dtype.
     """
-    if not 0 < alpha <= 1:
-        raise ConfigError(f"alpha is {alpha}; expected a number above 0 and at most 1, such as 0.95.")
-    if generated not in GENERATED:
-        raise ConfigError(f"generated is {generated!r}; expected 'keep' or 'scale'.")
-    by_rank = _by_rank(user, attention_mask)
-    if alpha == 1:
-        yield
-        return
 
-    def attention(site: AttentionSite, call: AttentionCall, sinks: Tensor | None) -> Tensor:
-        if layers is not None and site.index not in layers:
-            return compute(call.replace(return_lse=sinks is not None), impl, sinks)[0]
-        return steered(call, _outside(call, by_rank, generated == "scale"), alpha, sinks, impl)
+    user: Tensor
+    alpha: float = 0.95
+    generated: Literal["keep", "scale"] = "keep"
+    layers: Collection[int] | None = None
+    alone = True
+    names_positions = True
 
-    with own_attention(model, attention):
-        yield
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha}; expected a number above 0 and at most 1, such as 0.95.")
+        if self.generated not in GENERATED:
+            raise ConfigError(f"generated is {self.generated!r}; expected 'keep' or 'scale'.")
+        if self.user.dim() not in (1, 2) or self.user.dtype != torch.bool:
+            raise ShapeError(
+                f"user has shape {tuple(self.user.shape)} and dtype {self.user.dtype}; expected bool (N,) or (B, N)."
+            )
+        if not bool(self.user.any(-1).all()):
+            raise ConfigError("user marks no token in some sequence; there is nothing to steer towards.")
 
-
-def _by_rank(user: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """``(B, N)`` bool by position inside each sequence: left padding taken away."""
-    user = user[None] if user.dim() == 1 else user
-    if user.dim() != 2 or user.dtype != torch.bool:
-        raise ShapeError(f"user has shape {tuple(user.shape)} and dtype {user.dtype}; expected bool (N,) or (B, N).")
-    if not bool(user.any(-1).all()):
-        raise ConfigError("user marks no token in some sequence; there is nothing to steer towards.")
-    if attention_mask is None:
-        return user
-    if attention_mask.shape != user.shape:
-        raise ShapeError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(user.shape)}, as user has."
-        )
-    real = attention_mask.bool()
-    rank = (real.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.zeros_like(user).scatter_reduce(1, rank, user & real, "amax")
+    def on(self, handle: Handle) -> Act:
+        """Check the layers, and start."""
+        check_layers(self.layers, handle)
+        return _Steering(self)
 
 
-def _outside(call: AttentionCall, by_rank: Tensor, scale_generated: bool) -> Tensor:
-    """``(B, Nk)`` bool over the keys of a call."""
-    batch, rank = call.k.shape[0], call.base.rank
-    if batch % by_rank.shape[0]:
-        raise ShapeError(f"user is given for {by_rank.shape[0]} sequences and the model runs {batch}.")
-    inside = by_rank.to(rank.device).repeat_interleave(batch // by_rank.shape[0], 0)  # beams of one prompt lie together
-    rank = rank.expand(batch, -1)
-    known = inside.gather(1, rank.clamp(0, inside.shape[1] - 1)) & (rank >= 0)
-    return torch.where(rank >= inside.shape[1], scale_generated, ~known)
+class _Steering(Act):
+    """Adds up the user mass of all rows that see keys of both kinds."""
+
+    def __init__(self, what: ContextSteering) -> None:
+        self.what = what
+        self.rows, self.before, self.after = 0, 0.0, 0.0
+
+    def reweigh(self, moment: Moment) -> Reweigh | None:
+        what = self.what
+        if what.alpha == 1 or (what.layers is not None and moment.ctx.layer_index not in what.layers):
+            return None
+        inside = over_keys(what.user, moment) if what.generated == "scale" else ~over_keys(~what.user, moment)
+        rows = torch.ones(1, moment.call.q.shape[2], dtype=torch.bool, device=inside.device)
+
+        def factors(mass: Tensor) -> Tensor:
+            found = context_factors(mass, what.alpha)
+            total = mass[OUTSIDE] + mass[INSIDE]
+            both = (mass > 0).all(0)
+            share = mass[INSIDE][both] / total[both]
+            self.rows += share.numel()
+            self.before += float(share.detach().double().sum())
+            self.after += float((share * found[INSIDE][both]).detach().double().sum())
+            return found
+
+        return Reweigh(inside.long(), 2, rows, factors, rest=True)
+
+    def report(self) -> dict[str, Any]:
+        """``before``, ``after``: mean user mass over ``rows``, the (head, row) pairs that see keys inside and outside."""
+        mean = {
+            name: total / self.rows if self.rows else None
+            for name, total in (("before", self.before), ("after", self.after))
+        }
+        return {
+            "intervention": "ContextSteering", "fired": self.rows > 0, "alpha": self.what.alpha, "rows": self.rows, **mean
+        }  # fmt: skip

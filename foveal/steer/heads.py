@@ -67,7 +67,7 @@ class _Scaling(Act):
         return scale_heads(out, torch.tensor(list(heads), device=out.device), self.what.factor)
 
     def report(self) -> dict[str, Any]:
-        return {"intervention": "HeadScale", "factor": self.what.factor, "calls": self.calls}
+        return {"intervention": "HeadScale", "fired": self.calls > 0, "factor": self.what.factor, "calls": self.calls}
 
 
 def scale_heads(out: Tensor, heads: Tensor, factor: float) -> Tensor:

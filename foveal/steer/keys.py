@@ -57,6 +57,7 @@ class Knockout:
 class _Knocking(Act):
     def __init__(self, what: Knockout) -> None:
         self.what, self.calls = what, 0
+        self.rows, self.mass = 0, 0.0
 
     def reweigh(self, moment: Moment) -> Reweigh | None:
         what = self.what
@@ -69,6 +70,9 @@ class _Knocking(Act):
             rows = ~over_rows(over_keys(what.spare, moment), moment)
 
         def factors(mass: Tensor) -> Tensor:
+            met = mass[1][mass[1] > 0]
+            self.rows += met.numel()
+            self.mass += float(met.detach().double().sum())
             out = torch.ones_like(mass)
             out[1] = what.factor
             if what.renormalise:
@@ -81,7 +85,11 @@ class _Knocking(Act):
         return Reweigh(keys.long(), 2, rows, factors, rest=what.renormalise)
 
     def report(self) -> dict[str, Any]:
-        return {"intervention": "Knockout", "factor": self.what.factor, "calls": self.calls}
+        """``mass``: mean weight on the keys before, over ``rows``, the (head, row) pairs that see one of them."""
+        return {
+            "intervention": "Knockout", "fired": self.rows > 0, "factor": self.what.factor, "calls": self.calls,
+            "rows": self.rows, "mass": self.mass / self.rows if self.rows else None,
+        }  # fmt: skip
 
 
 def over_keys(positions: Tensor, moment: Moment) -> Tensor:

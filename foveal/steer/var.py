@@ -215,6 +215,7 @@ class _Redistributing(Act):
         changed = sum(a for a, _ in self.rows.values())
         return {
             "intervention": "VAR",
+            "fired": changed > 0,
             "changed": changed,
             "rows": {str(k): tuple(v) for k, v in sorted(self.rows.items())},
         }

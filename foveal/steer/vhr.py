@@ -176,4 +176,5 @@ class _Reinforcing(Act):
             str(layer): [row.nonzero()[:, 0].tolist() for row in (h if h.dim() == 2 else h[None])]
             for layer, h in self.now.chosen.items()
         }
-        return {"intervention": "VHR", "alpha": self.what.alpha, "heads": heads}
+        fired = any(row for rows in heads.values() for row in rows)
+        return {"intervention": "VHR", "fired": fired, "alpha": self.what.alpha, "heads": heads}
