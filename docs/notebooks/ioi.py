@@ -40,7 +40,7 @@ screen = attribute_heads(runs)
 patched = patch_heads(runs)
 figure, axes = plt.subplots(figsize=(4, 4), layout="constrained")
 axes.axline((0, 0), slope=1, color="0.8")
-axes.scatter(screen.effect, patched.effect, s=9)
+axes.scatter(screen.effect.numpy(), patched.effect.numpy(), s=9)
 for layer, head in patched.top(0.02):
     axes.annotate(f" {layer}.{head}", (screen.effect[layer, head], patched.effect[layer, head]), fontsize=8)
 axes.set(title="effect of each head at the end", xlabel="estimated", ylabel="patched")

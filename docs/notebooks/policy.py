@@ -59,9 +59,9 @@ harm = torch.zeros(layers, dtype=torch.float64)
 for layer in range(layers):
     harm[layer] = meter.quality(span, Policy(layers=((layer, Rule(window)),)), dense).kl
 figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.5), sharex=True, layout="constrained")
-above.bar(range(layers), 100 * lost.mean(-1))
+above.bar(range(layers), 100 * lost.mean(-1).numpy())
 above.set(title="mass lost, %")
-below.bar(range(layers), 1000 * harm, color="tab:red")
+below.bar(range(layers), 1000 * harm.numpy(), color="tab:red")
 below.set(title="harm: KL to dense attention, 0.001 nats", xlabel="layer")
 plt.show()
 worst, spare = int(harm.argmax()), int(lost.mean(-1).argmax())

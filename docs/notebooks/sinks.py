@@ -41,7 +41,7 @@ with torch.no_grad(), lens.record(model, Mass({"first": [0]})) as rec:
 share = rec["mass"].values[..., 0].nanmean(-1)  # (layer, head)
 
 figure, axes = plt.subplots(figsize=(4.5, 5), layout="constrained")
-image = axes.imshow(share, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+image = axes.imshow(share.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
 axes.set(title="attention on the first token", xlabel="head", ylabel="layer")
 figure.colorbar(image, ax=axes)
 plt.show()
@@ -61,8 +61,8 @@ primary = scan.sinks[0].primary
 norms = scan.trace.norms[0]  # (layer, token)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-left.semilogy(norms[:, primary.position], label=f"token {primary.position}")
-left.semilogy(norms.nanmedian(-1).values, label="median token")
+left.semilogy(norms[:, primary.position].numpy(), label=f"token {primary.position}")
+left.semilogy(norms.nanmedian(-1).values.numpy(), label="median token")
 left.set(title="norm of the residual stream", xlabel="layer")
 left.legend()
 right.bar(range(len(scan.attention)), [first.share for first in scan.attention])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 from foveal.core.errors import ConfigError, DataError, UnsupportedError
+from foveal.data import text as texts
 from foveal.hf.load import LoadedModel, load_model
 from foveal.lens.circuit_survey import check_tasks, compared, page_data, survey_circuit, task_pairs, to_json
 from foveal.lens.circuits import Circuit, chance, find_circuit, jaccard, names
@@ -42,6 +44,7 @@ def found(loaded: LoadedModel, told: list[Any]) -> list[Any]:
 
 
 def test_figures_are_those_of_patching(loaded: LoadedModel, found: list[Any]) -> None:
+    differ = False
     for one in found:
         c = compare(loaded.model, one.pairs)
         torch.testing.assert_close(one.screen.change, attribute_heads(c).change)
@@ -49,12 +52,15 @@ def test_figures_are_those_of_patching(loaded: LoadedModel, found: list[Any]) ->
         again = find_circuit(loaded.model, one.pairs)
         assert one.circuit.to_json() == again.to_json()
         assert {"screen", "heads", *(f.stage.name for f in again.stages)} == {name for name, _, _ in one.maps}
-        a, b = set(one.screen.top(0.02)), set(one.patched.top(0.02))
-        agreed = one.agreement()
-        assert agreed.jaccard == jaccard(a, b) and agreed.shared == names(a & b)
-        assert agreed.chance == chance(1, 1, LAYERS * HEADS, len(a & b))
+        for share in (0.1, 0.2, 0.3, 0.4, 0.5):
+            a, b = set(one.screen.top(share)), set(one.patched.top(share))
+            agreed = replace(one, circuit=replace(again, share=share)).agreement()
+            assert agreed.jaccard == jaccard(a, b) and agreed.shared == names(a & b)
+            assert agreed.chance == chance(len(a), len(b), LAYERS * HEADS, len(a & b))
+            differ |= a != b
         moved = one.arrays[f"circuits.{one.circuit.task}.movers"]
         assert moved.shape == (LAYERS, HEADS, 5) and torch.equal(moved.values, again.stages[0].effects.change)
+    assert differ, "screen and patching must differ somewhere, else this test could not tell them apart"
 
 
 def test_progress_names_task_and_stage_and_ends(found: list[Any], told: list[Any]) -> None:
@@ -78,7 +84,9 @@ def test_the_page_holds_every_effect_with_its_interval(loaded: LoadedModel, foun
     example = data["tasks"][0]["example"]
     subject = example["foil"].strip()
     assert example["clean"].split().count(subject) == 2 and example["corrupt"].split().count(subject) == 1
-    assert example["clean"].endswith((" to", " for")), "padding is not shown"
+    assert example["clean"].endswith((" to", " for"))
+    length = int(found[0].pairs.place("end")[0, 0]) + 1
+    assert length < found[0].pairs.clean.shape[1] and len(texts.tokens(loaded.tokenizer, example["clean"])) == length
 
 
 def test_overlaps_stand_beside_chance(found: list[Any]) -> None:
