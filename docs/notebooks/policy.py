@@ -74,6 +74,8 @@ print(
 )
 
 # %% [markdown]
+# Lost mass says where to look, not what hurts: early layers drop the most and hardly miss it.
+#
 # ## Which head of that layer?
 #
 # Again one at a time: the window in this layer, but one head stays dense. How much of the harm does that head's return undo?
@@ -109,6 +111,9 @@ for w, q, k in zip(weight.tolist(), query.tolist(), key.tolist(), strict=True):
         print(f"{w:.2f}  {around(q)} at {q}  →  {around(k)} at {k}, {q - k} tokens back")
 
 # %% [markdown]
+# This piece of text is a table drawn with signs. The head looks for the same place in an earlier line and for what came next there:
+# it copies, and what it would copy lies outside the window.
+#
 # ## Give it back
 #
 # The window everywhere, but the few layers that it hurts stay dense. For comparison as many layers by lost mass, and as many that
@@ -127,7 +132,8 @@ for name, kept in choices.items():
     print(f"dense layers: {name:18} {sorted(kept)!s:24} KL {meter.quality(span, policy, dense).kl:.3f}")
 
 # %% [markdown]
-# One short text tells about this text. `foveal tune MODEL` searches the same choice over your own text and length, with held-out
+# A few dense layers undo most of the harm, if they are the right ones: those that lose the most mass, or as many others, undo next to
+# nothing. One short text tells about this text. `foveal tune MODEL` searches the same choice over your own text and length, with held-out
 # text for the verdict, and counts what it costs.
 #
 # ## Provenance

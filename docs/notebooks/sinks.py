@@ -72,6 +72,9 @@ print(f"Token {primary.position} is massive after the layers {primary.on} to {pr
 print(f"norm {primary.norm:.0f} where the median is {primary.median_norm:.0f}.")
 
 # %% [markdown]
+# There are two plateaus: a small one in the first third of the blocks, and the massive one. The attention on the first token follows
+# both.
+#
 # ## One MLP writes it
 #
 # `formation` compares what goes through the MLP of that block at the first token with other tokens: the cosine between the
@@ -109,8 +112,9 @@ for name, found, loss in (("as it is", scan, before), ("clamped", clamped, after
 print("tokens that were clamped:", flagged[0].nonzero()[:, 1].tolist())
 
 # %% [markdown]
-# If the loss rises, the sink is part of how the model works: heads that have nothing to say put their attention there. Policies
-# should keep the first token visible (`sinks=` of `SlidingWindow`), and whoever quantises activations meets its norm.
+# One vector at one token is gone, and with it the first token's share of the attention; the loss on text hundreds of tokens later
+# rises. So the sink is part of how the model works: heads that have nothing to say put their attention there. Policies should keep
+# the first token visible (`sinks=` of `SlidingWindow`), and whoever quantises activations meets its norm.
 #
 # ## Others
 #

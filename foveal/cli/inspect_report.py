@@ -52,7 +52,7 @@ class Plan:
         if names:
             named(list(names))
         tasks = listed(circuits)
-        if tasks or circuits is not None:
+        if circuits is not None:
             from ..lens.circuit_survey import check_tasks
 
             check_tasks(tasks, prompt is not None)
@@ -85,7 +85,10 @@ def compare_pairs(plan: Plan, loaded: LoadedModel, prompt: str | None, count: in
     """
     from ..lens.circuit_survey import task_pairs
     from ..lens.patching import compare
+    from .guard import warn
 
+    if plan.circuits and loaded.dtype != "float32":
+        warn(f"the weights are {loaded.dtype}: effects below about 0.001 are noise; --dtype float32 tells more")
     out = []
     for task in plan.circuits:
         pairs = task_pairs(task, loaded.tokenizer, count, seed=seed, prompt=prompt)
