@@ -288,8 +288,10 @@ def test_inspect_shows_circuits(tmp_path: Path) -> None:
     written = json.loads(figures.read_text())
     assert [task["task"] for task in written["circuits"]["tasks"]] == ["ioi", "colored_objects"] and written["layers"]
     prompt = "Then Mary and John met, and John gave a book to"
-    result = foveal("inspect", folder, "--prompt", prompt, "--rows", 4, "--report", page, "--circuits", "ioi")
+    words = ("--report", page, "--circuits", "ioi", "--dtype", "bfloat16")
+    result = foveal("inspect", folder, "--prompt", prompt, "--rows", 4, *words)
     assert result.exit_code == 0, result.output
+    assert "effects below about 0.001 are noise" in result.stderr
     assert "% of 1 prompt " in page.read_text(encoding="utf-8")
 
 
