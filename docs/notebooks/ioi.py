@@ -70,8 +70,8 @@ for found in circuit.stages:
 # %% [markdown]
 # ## What do the movers look at?
 #
-# `ChosenRows` records the row of the last token. A mover of this task should look at the name that is the answer (`io`), not at the
-# one that came twice (`s1`, `s2`); a mover with a negative effect pushes against what it looks at.
+# `ChosenRows` records the row of the last token. In GPT-2, movers look at the name that is the answer (`io`), not at the one that
+# came twice (`s1`, `s2`), and those with a negative effect push against what they look at. Here?
 
 # %%
 places = ("io", "s1", "s2")
@@ -89,6 +89,10 @@ for (layer, head), seen in looks.items():
     print(f"{layer:2}.{head}  {effect:+.3f}   " + "   ".join(f"{100 * float(s):3.0f}%" for s in seen))
 
 # %% [markdown]
+# Three of the six look at the answer, as movers of GPT-2 do; 24.4 among them works against it. The strongest, 23.3, looks at the
+# second mention of the repeated name instead and still helps, as a head would that pushes down the name it sees. The two of the last
+# layer look at neither name.
+#
 # ## Would other prompts give the same heads?
 #
 # A set of heads means something only beside chance. We find the movers again on other prompts and compare: the overlap is Jaccard,
