@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tune test test-sanitize test-gpu lint docs bench bench-gpu clean
+.PHONY: help setup tune test test-sanitize test-gpu lint docs notebooks bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,10 @@ lint: $(READY) ## style and types
 
 docs: $(READY) ## write the pages and tables that are generated from the paper cards
 	$(BIN)/python -m foveal.papers.tables
+
+notebooks: $(READY) ## run the walk-throughs of docs/notebooks on SmolLM2 and keep their output (minutes)
+	@$(PIP) install -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/notebooks/build.py
 
 bench: $(READY) ## run benchmarks/*.py (not *_gpu.py, not train_*.py) one after the other; each writes benchmarks/results
 	@set -e; for script in $(filter-out %_gpu.py benchmarks/train_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done

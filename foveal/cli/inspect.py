@@ -30,6 +30,15 @@ def inspect(
     compare: Annotated[
         Path | None, typer.Option(metavar="POLICY", help="policy.json: the report shows what it drops.")
     ] = None,
+    circuits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS", help="ioi, colored_objects, or both: the report shows which heads carry the answer."
+        ),
+    ] = None,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Prompt pairs for every circuit; with --prompt, ioi looks at it alone.")
+    ] = 16,
     arrays: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write every recorded array, as .safetensors.")
     ] = None,
@@ -45,12 +54,13 @@ def inspect(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Chooses the text span and the sampled rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the text span, the sampled rows and the prompt pairs.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code of its own.")
     ] = False,
 ) -> None:
     """Show what each layer and head of MODEL attends to: sinks, the local window, the rest, and how many keys matter."""
+    from ..core.provenance import provenance
     from ..data import text as texts
     from ..hf.load import load_model
     from ..lens import plot as draw
@@ -59,7 +69,7 @@ def inspect(
     from .guard import note, output, write_json
     from .progress import bar
 
-    plan = inspect_report.Plan.of(report, probes, compare, arrays, prompt)
+    plan = inspect_report.Plan.of(report, probes, compare, arrays, prompt, circuits)
     content = None if prompt is not None else texts.load_text(text)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=note)
     if prompt is not None:
@@ -73,6 +83,7 @@ def inspect(
     if content is not None:
         ids = texts.tokens(loaded.tokenizer, content)
         span = texts.split(ids, context, search=0, seed=seed, ahead=texts.prefix(loaded.tokenizer)).held_out
+    patched = inspect_report.compare_pairs(plan, loaded, prompt, pairs, seed) if plan is not None else []
     with bar() as tell:
         profile = profile_model(
             loaded.model,
@@ -93,8 +104,6 @@ def inspect(
     name = "the prompt" if prompt is not None else texts.text_name(text)
     facts = {"model": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype, "text": name}
     if json is not None:
-        from ..core.provenance import provenance
-
         write_json(json, {**facts, **profile.to_json(), "provenance": provenance()})
         typer.echo(json)
     if plot is not None:
@@ -104,7 +113,10 @@ def inspect(
             raise ConfigError(f"--plot {plot}: {error}.") from None
         typer.echo(plot)
     if plan is not None:
-        inspect_report.write(plan, loaded, span, facts, [p.labels for p in profile.layers if p.role == "self"])
+        labels = [p.labels for p in profile.layers if p.role == "self"]
+        found = inspect_report.write(plan, loaded, span, facts, labels, patched)
+        if json is not None and found is not None:
+            write_json(json, {**facts, **profile.to_json(), "circuits": found, "provenance": provenance()})
 
 
 def render_heads(layer: LayerProfile) -> Table:

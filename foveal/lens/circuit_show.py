@@ -10,7 +10,7 @@ from ..core.errors import UnsupportedError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .circuits import Circuit, Found
+    from .circuits import Circuit, Found, Stage
     from .row_edit import Sweep
 
 
@@ -43,7 +43,7 @@ def plot(circuit: Circuit) -> Figure:
             facecolors="none",
             edgecolors="black",
         )
-        axes.set(title=f"{found.stage.name}: paths to {_to(found)}", xlabel="head", ylabel="layer")
+        axes.set(title=f"{found.stage.name}: paths to {paths_to(found.stage)}", xlabel="head", ylabel="layer")
         figure.colorbar(image, ax=axes)
     figure.suptitle(f"{circuit.task}: effect of each head (1 = the whole corruption)")
     return figure
@@ -60,12 +60,9 @@ def html(circuit: Circuit) -> str:
     )
 
 
-def _to(found: Found) -> str:
-    return (
-        "the final residual"
-        if found.stage.kind == "final"
-        else f"{found.stage.kind} of {found.stage.of} at {found.stage.at}"
-    )
+def paths_to(stage: Stage) -> str:
+    """Where a stage's paths lead, in words."""
+    return "the final residual" if stage.kind == "final" else f"{stage.kind} of {stage.of} at {stage.at}"
 
 
 def _map(found: Found) -> str:
@@ -91,7 +88,7 @@ def _map(found: Found) -> str:
             )
         rows.append(f'<tr><th style="font-size:8px;font-weight:400">{layer}</th>{"".join(cells)}</tr>')
     return (
-        f"<figure style='margin:0'><figcaption>{escape(found.stage.name)}: paths to {escape(_to(found))}</figcaption>"
+        f"<figure style='margin:0'><figcaption>{escape(found.stage.name)}: paths to {escape(paths_to(found.stage))}</figcaption>"
         f'<table style="border-spacing:1px">{"".join(rows)}</table></figure>'
     )
 

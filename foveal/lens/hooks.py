@@ -119,6 +119,11 @@ class Points:
             if "dense" not in call.base.cache:
                 call.base.cache["dense"] = call.base.dense(call.base.batch)
             allowed = call.base.cache["dense"]
+            if bool(allowed.triu(1).any()):
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} sees tokens to the right of its own; expected a causal decoder, where nothing before a patch "
+                    "can change."
+                )
             p = _apply(edits, "weights", site.index, probabilities(q, k, allowed, call, sinks))
             if weights is not None:
                 weights(site.index, p)

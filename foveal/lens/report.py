@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 MOST_LOST = 40
 
 
-def report_data(found: Survey, tokens: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+def report_data(
+    found: Survey, tokens: Sequence[str], about: Mapping[str, Any], circuits: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything that the page draws, as JSON values; long arrays as base64.
 
     Args:
         tokens: the text of every token. about: ``model``, ``text`` and other facts for the head of the page and its foot; may hold
             ``labels``, one word per layer and head, and ``policy``, the name of what was compared.
+        circuits: from :func:`foveal.lens.circuit_survey.page_data`, where they were asked for.
     """
     from .survey import head_figures, token_figures
 
@@ -63,6 +66,7 @@ def report_data(found: Survey, tokens: Sequence[str], about: Mapping[str, Any]) 
             "token": list(found.activations.token),
         },
         "lost": None,
+        "circuits": circuits,
     }  # fmt: skip
     if found.compared is not None:
         data["lost"] = _lost(found)

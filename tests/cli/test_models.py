@@ -258,6 +258,90 @@ def test_inspect_refuses_before_it_measures(model: Path, tmp_path: Path) -> None
         assert not (tmp_path / "r.html").exists()
 
 
+def test_inspect_shows_circuits(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    pytest.importorskip("scipy", reason="needs the package scipy")
+    from foveal.lens import load
+
+    from ..lens.tiny_tasks import HEADS, LAYERS, save_task_model
+
+    folder = save_task_model(tmp_path / "tasks")
+    page, arrays, figures = (tmp_path / name for name in ("r.html", "r.safetensors", "r.json"))
+    words = (
+        "--report",
+        page,
+        "--arrays",
+        arrays,
+        "--json",
+        figures,
+        "--circuits",
+        "ioi, colored_objects",
+        "--pairs",
+        4,
+    )
+    result = foveal("inspect", folder, "--context", 48, "--rows", 8, *words)
+    assert result.exit_code == 0, result.output
+    assert "ioi: paths of the movers" in result.stderr and f"{page} stands; searching circuits" in result.stderr
+    text = page.read_text(encoding="utf-8")
+    assert "Heads that ioi and colored_objects share" in text and "% of 4 prompts" in text
+    assert load(arrays)["circuits.ioi.movers"].shape == (LAYERS, HEADS, 4)
+    written = json.loads(figures.read_text())
+    assert [task["task"] for task in written["circuits"]["tasks"]] == ["ioi", "colored_objects"] and written["layers"]
+    prompt = "Then Mary and John met, and John gave a book to"
+    words = ("--report", page, "--circuits", "ioi", "--dtype", "bfloat16")
+    result = foveal("inspect", folder, "--prompt", prompt, "--rows", 4, *words)
+    assert result.exit_code == 0, result.output
+    assert "effects below about 0.001 are noise" in result.stderr
+    assert "% of 1 prompt " in page.read_text(encoding="utf-8")
+
+
+def test_an_interrupt_in_the_circuits_leaves_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    pytest.importorskip("scipy", reason="needs the package scipy")
+    from foveal.lens import circuit_survey
+
+    from ..lens.tiny_tasks import save_task_model
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(circuit_survey, "survey_circuit", stop)
+    page = tmp_path / "r.html"
+    result = foveal(
+        "inspect",
+        save_task_model(tmp_path / "tasks"),
+        "--context",
+        32,
+        "--rows",
+        4,
+        "--report",
+        page,
+        "--circuits",
+        "ioi",
+    )
+    assert result.exit_code != 0 and "Head atlas" in page.read_text(encoding="utf-8")
+
+
+def test_inspect_refuses_circuits_before_it_measures(model: Path, tmp_path: Path) -> None:
+    from ..lens.tiny_tasks import save_task_model
+
+    short, tasks = (save_task_model(tmp_path / str(limit), limit=limit) for limit in (16, 128))
+    for folder, words, message in (
+        (model, ["--circuits", "iou"], "circuits names the task 'iou'. Did you mean 'ioi'?"),
+        (model, ["--circuits", ","], "circuits names no task; expected one or more of ioi, colored_objects"),
+        (model, ["--circuits", "ioi", "--context", 32], "only 0 of the names are single tokens"),
+        (model, ["--circuits", "ioi", "--prompt", "nobody is here"], "there is no subject to patch"),
+        (model, ["--circuits", "colored_objects", "--prompt", "what color"], "builds its own prompts"),
+        (short, ["--circuits", "colored_objects", "--context", 8], "was made for at most 16; choose another model"),
+        (tasks, ["--circuits", "ioi", "--pairs", 0], "--pairs"),
+        (tasks, ["--circuits", "ioi", "--prompt", "Mary met John, and Mary saw John"], "there is no subject to patch"),
+    ):
+        result = foveal("inspect", folder, *words, "--report", tmp_path / "r.html")
+        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert not (tmp_path / "r.html").exists() and "Traceback" not in result.output
+        assert "Attention over" not in result.stdout, "refused before anything is measured"
+
+
 # --- tune -------------------------------------------------------------------------------------------------------------
 
 

@@ -13,17 +13,12 @@ from foveal.data.pairs import Pair, align
 from foveal.data.text import tokens
 
 from .tokenizers import byte_tokenizer
-from .words import word_tokenizer
-
-WORDS = [
-    *ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS, *ioi.TEMPLATES, *colored_objects.COLORS, *(c.capitalize() for c in colored_objects.COLORS),
-    *colored_objects.THINGS, *colored_objects.WHERE, *colored_objects.SEEN, "Q: On the a an and. What color is the pen?\nA: a, b",
-]  # fmt: skip
+from .words import TASK_WORDS, word_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer(WORDS)
+    return word_tokenizer(TASK_WORDS)
 
 
 def word(tokenizer, ids) -> str:

@@ -41,6 +41,11 @@ function measure(win) {
   const wave = $("wave").getBoundingClientRect(); found.wave = point(win, $("wave"), "pointermove", wave.left + wave.width / 2, wave.top + 9);
   found.bars = doc.querySelectorAll("#first i").length; found.bar = point(win, doc.querySelectorAll("#first i")[4], "pointerover", 1, 1);
   const grid = $("grid").getBoundingClientRect(); found.grid = point(win, $("grid"), "pointermove", grid.left + 2, grid.top + 2);
+  const maps = [...doc.querySelectorAll("canvas[data-map]")]; found.maps = maps.map((c) => [c.width, c.height]);
+  const box = maps[1].getBoundingClientRect(), at = (l, h) => maps[1].getContext("2d").getImageData(26 + h * 12 + 5, l * 12 + 5, 1, 1).data;
+  found.effect = point(win, maps[1], "pointermove", box.left + 26 + 2.5 * 12, box.top + 3.5 * 12); found.absent = point(win, maps[1], "pointermove", box.left + 26 + 8.5 * 12, box.top + 29.5 * 12);
+  found.effects = [at(3, 2)[3], at(4, 2)[0] > at(4, 2)[1], at(3, 2)[0] > at(3, 2)[1], at(29, 8)[3]];
+  found.outside = point(win, maps[1], "pointermove", box.left + 3, box.top + 3);
   found.regions = [...doc.querySelectorAll(".card")].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => [e.getAttribute("aria-label"), e.tabIndex]);
   return found;
 }
@@ -73,7 +78,41 @@ def made_up() -> dict[str, Any]:
             "first_key": [0.4] * LAYERS, "uniform": 0.001, "largest": [1000.0] * LAYERS, "token": [0] * LAYERS,
         },
         "lost": {"edges": [[1, 2, 500, 3, 0.25]], "by_layer": [0.1] * LAYERS, "mean": 0.1},
+        "circuits": _circuits(),
     }  # fmt: skip
+
+
+def _circuits() -> dict[str, Any]:
+    """Head 3.2 carries the answer, head 4.2 works against it, and head 29.8 does not exist."""
+    effect: list[list[float | None]] = [[0.01] * HEADS for _ in range(LAYERS)]
+    effect[3][2], effect[4][2], effect[29][8] = 0.5, -0.25, None
+    maps = [
+        {
+            "name": name,
+            "what": "<paths>",
+            "kept": kept,
+            "stage": bool(kept),
+            "effect": effect,
+            "low": effect,
+            "high": effect,
+        }
+        for name, kept in (("screen", []), ("movers", [[3, 2], [4, 2]]))
+    ]
+    row = {
+        "share": 0.02,
+        "sizes": [9, 8],
+        "shared": ["3.2"],
+        "jaccard": 0.2,
+        "chance_mean": 0.03,
+        "chance_q95": 0.1,
+        "p": 0.01,
+    }
+    example = {"clean": "Then <b> met", "corrupt": "Then <i> met", "correct": " A", "foil": " B"}
+    task = {
+        "task": "ioi", "pairs": 16, "accuracy": 0.9, "chance": 0.5, "difference": [3.0, -3.0], "circuit": ["3.2", "4.2"],
+        "agreement": row, "example": example, "maps": maps,
+    }  # fmt: skip
+    return {"tasks": [task], "overlaps": [{"tasks": ["ioi", "colored_objects"], "at": [row]}]}
 
 
 def _base64(values: np.ndarray) -> str:
@@ -117,6 +156,16 @@ def test_bars_and_losses_tell_their_figures(views: list[dict[str, Any]]) -> None
     for view in views:
         assert view["bars"] == LAYERS and view["bar"] == "layer 4: 0.4"
         assert re.fullmatch(r"layer 0, head 0: 0?[\d.]+ lost", view["grid"])
+
+
+def test_circuits_are_drawn_and_tell_their_effects(views: list[dict[str, Any]]) -> None:
+    for view in views:
+        assert view["maps"] == [[26 + HEADS * 12, LAYERS * 12]] * 2
+        assert view["effect"] == "movers, head 3.2, kept\neffect: 0.5\n95 %: 0.5 to 0.5"
+        assert view["effects"] == [255, True, False, 0], (
+            "a strong head is solid, one against the answer orange, none is empty"
+        )
+        assert "head 29.8\neffect: –" in view["absent"] and view["outside"] == ""
 
 
 def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
