@@ -21,7 +21,7 @@ from ...recipes.classify import accuracy, train_classifier
 from .results import sign_test, summary, write_result
 
 ELECTRODES, SAMPLES, SLOT, BURST, OFFSET = 6, 32, (12, 20), 4.0, 0.5
-TRIALS, WINDOWS, EPOCHS, SEEDS, RATE, BATCH = 60, 6, 14, 4, 5e-3, 16
+TRIALS, WINDOWS, EPOCHS, SEEDS, RATE, BATCH = 60, 6, 14, 6, 5e-3, 16
 SHARE = 0.9
 ABLATIONS: dict[str, dict[str, Any]] = {
     "GATv2": {"temporal_attention": False, "dropout_mode": "feature_map"},
