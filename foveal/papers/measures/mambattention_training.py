@@ -42,7 +42,8 @@ def network(attention: Sharing, seed: int) -> MambAttention:
 def loss_on(model: MambAttention, noisy: Tensor, clean: Tensor) -> Tensor:
     """The paper's weighted losses without the metric loss."""
     scale = gain(noisy)
-    found = generator_losses(CODEC, *model(*CODEC.encode(noisy * scale)), clean * scale)
+    magnitude, phase = model(*CODEC.encode(noisy * scale))
+    found = generator_losses(CODEC, magnitude, phase, clean * scale)
     return torch.stack([WEIGHTS[name] * value for name, value in found.items()]).sum()
 
 
@@ -50,7 +51,8 @@ def loss_on(model: MambAttention, noisy: Tensor, clean: Tensor) -> Tensor:
 def improvement(model: MambAttention, noisy: Tensor, clean: Tensor) -> Tensor:
     """``(n,)`` gains of SI-SDR in dB."""
     scale = gain(noisy)
-    out = CODEC.decode(*model(*CODEC.encode(noisy * scale)), noisy.shape[1]) / scale
+    magnitude, phase = model(*CODEC.encode(noisy * scale))
+    out = CODEC.decode(magnitude, phase, noisy.shape[1]) / scale
     return si_sdr(out, clean) - si_sdr(noisy, clean)
 
 
@@ -115,7 +117,10 @@ def measure_sharing(steps: int = STEPS, seeds: int = SEEDS, seed: int = 0, out: 
     runs = {kind: [trained(kind, s, steps) for s in range(seed, seed + seeds)] for kind in KINDS}
     out_of = {kind: torch.stack([r["out"] for r in rows]) for kind, rows in runs.items()}
     inside = {kind: torch.stack([r["in"] for r in rows]) for kind, rows in runs.items()}
-    pairs = {"shared − none": ("shared", "none"), "shared − separate": ("shared", "separate")}
+    pairs: dict[str, tuple[Sharing, Sharing]] = {
+        "shared − none": ("shared", "none"),
+        "shared − separate": ("shared", "separate"),
+    }
     found = {name: out_of[a] - out_of[b] for name, (a, b) in pairs.items()}
     bounds = {name: interval(d, seed) for name, d in found.items()}
     numbers = {
