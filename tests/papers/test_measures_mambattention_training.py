@@ -39,6 +39,13 @@ def test_sharing_reports_pairs_with_an_interval(tmp_path):
         assert low <= sum(by_seed) / 2 + 1e-3 and sum(by_seed) / 2 <= high + 1e-3 and len(by_seed) == 2
 
 
+def test_both_orders_are_trained_and_differ(tmp_path):
+    result = training.measure_order(steps=1, seeds=1, seed=1, out=tmp_path)
+    check(result, "attention-before-mamba", tmp_path)
+    measured = result["measured"]
+    assert set(measured["out_of_domain_db"]) == {"attention first", "mamba first"} and measured["by_seed"] != [0.0]
+
+
 def test_an_untouched_mixture_gains_nothing():
     class Through(torch.nn.Module):
         def forward(self, magnitude, phase):

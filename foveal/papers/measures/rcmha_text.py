@@ -31,8 +31,9 @@ def model_of(form: str, seed: int) -> DecoderLM:
         torch.manual_seed(seed)
         model = DecoderLM(characters()[2], DIM, DEPTH, attention=attention, seed=seed)
         if not relative:
-            model.embed = Positioned(model.embed, LENGTH)  # type: ignore[assignment]
-            nn.init.normal_(model.embed.positions.weight, std=0.02)  # type: ignore[arg-type]
+            positioned = Positioned(model.embed, LENGTH)
+            nn.init.normal_(positioned.positions.weight, std=0.02)
+            model.embed = positioned  # type: ignore[assignment]
     return model
 
 
