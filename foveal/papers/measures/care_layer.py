@@ -168,7 +168,7 @@ def edited(seed: int) -> dict[str, dict[str, float]]:
 
         def loss(_: int, g: torch.Generator, model: Editor = model) -> Tensor:
             edit = edits(BATCH, g)
-            noisy, t, _, noise = backbone.noised(edit.target, None, g)
+            noisy, t, _text, noise = backbone.noised(edit.target, None, g)
             predicted, load = model(noisy, t, edit)
             return F.mse_loss(predicted, noise) + 0.01 * load
 
