@@ -4,6 +4,7 @@ epoch is the result."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -51,6 +52,7 @@ def train_classifier(
     label_smoothing: float = 0.0,
     weight_decay: float = 0.0,
     seed: int = 0,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train in place by cross-entropy and leave the model in eval mode.
 
@@ -58,6 +60,7 @@ def train_classifier(
         model: ``x`` to logits. x, y: training examples and their labels. epochs, batch, lr: as usual.
         warmup: epochs; default a fiftieth of all. start: see :func:`rate`. label_smoothing: of the loss.
         weight_decay: decoupled, as in AdamW. seed: of the order of examples and of dropout.
+        after_epoch: called with the epoch, the model in eval mode, to follow held-out figures.
 
     Returns:
         Mean loss of every epoch.
@@ -89,6 +92,10 @@ def train_classifier(
             losses.append(total / len(x))
             if not math.isfinite(losses[-1]):
                 raise DataError(f"the loss of epoch {epoch} is {losses[-1]}. Lower lr (now {lr}).")
+            if after_epoch is not None:
+                model.eval()
+                after_epoch(epoch)
+                model.train()
     model.eval()
     return losses
 

@@ -24,6 +24,7 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.serial import check_range, check_types
 from ..models import DiT, SelfAttention
 from ..patterns import Pattern
+from ..policies.policy import Policy
 from .fit import fit
 
 Data = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]
@@ -83,7 +84,7 @@ def attention_outputs(model: DiT, layers: Sequence[int]) -> Iterator[dict[int, T
 def losses(
     student: DiT,
     teacher: DiT,
-    pattern: Pattern,
+    pattern: Pattern | Policy,
     x: Tensor,
     text: Tensor | None,
     generator: torch.Generator,
@@ -120,7 +121,7 @@ def student_of(teacher: DiT) -> DiT:
 
 def linearise(
     teacher: DiT,
-    pattern: Pattern,
+    pattern: Pattern | Policy,
     data: Data,
     steps: int,
     *,
@@ -134,7 +135,7 @@ def linearise(
     """Distil ``teacher`` into a model that attends under ``pattern``; the teacher stays as it is.
 
     Args:
-        pattern: for the student, such as ``Disc(radius=16, text=512)``.
+        pattern: for the student, such as ``Disc(radius=16, text=512)``, or a policy of several.
         data: clean samples and their texts; the authors use what the teacher itself made (:func:`self_made`).
         steps: optimiser steps. weights: of the losses; default CLEAR's. lr, seed, checkpoint, every, progress: see ``fit``.
 

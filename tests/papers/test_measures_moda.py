@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveal.papers.cards import load_card
-from foveal.papers.measures import moda, moda_training
+from foveal.papers.measures import moda, moda_deficit, moda_training
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,39 @@ def test_the_training_writes_its_result(monkeypatch, tmp_path):
     mean = {v: sum(r["loss"] for r in found) for v, found in rows.items()}
     assert result["verdict"] == ("reproduced" if mean["aligned"] <= mean["vanilla"] else "not reproduced")
     assert json.loads((tmp_path / "moda" / "alignment-lowers-loss.json").read_text()) == result
+
+
+def test_the_queries_and_keys_read_are_those_that_attend():
+    model = moda_training.Reader("aligned and masked", 0)
+    image, question, _ = moda_training.scenes(3, torch.Generator().manual_seed(0))
+    inner = []
+    handles = [a.out.register_forward_pre_hook(lambda m, x: inner.append(x[0])) for a in model.attentions]
+    for a in model.attentions:
+        a.mask = "inf"
+    found = moda_deficit.queries_and_keys(model, image, question)
+    for handle in handles:
+        handle.remove()
+    q, k, _ = found[0]
+    x = torch.zeros(1)
+
+    def note(module, args):
+        nonlocal x
+        x = args[0]
+
+    handle = model.attentions[0].qkv.register_forward_pre_hook(note)
+    model(image, question)
+    handle.remove()
+    v = model.attentions[0].qkv(x)[..., -moda_training.DIM :].unflatten(-1, (moda_training.HEADS, -1)).transpose(1, 2)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(inner[0], wanted.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
+
+
+def test_disparity_is_reported_for_every_variant(monkeypatch, tmp_path):
+    monkeypatch.setattr(moda_training, "STEPS", 2)
+    monkeypatch.setattr(moda_deficit, "HELD_OUT", 16)
+    result = moda_deficit.measure_disparity(seeds=1, out=tmp_path)
+    assert json.loads((tmp_path / "moda" / "disparity-falls.json").read_text()) == result
+    claim = next(c for c in load_card("moda").claims if c.id == "disparity-falls")
+    assert claim.measured_by == "foveal.papers.measures.moda_deficit:measure_disparity"
+    for rows in result["measured"]["rows"].values():
+        assert 0 <= rows[0]["disparity"] <= 1 and 0 < rows[0]["last_row_image_mass"] < 1 and rows[0]["gamma"] > 0
