@@ -500,6 +500,16 @@ def test_the_environment_forces_an_instruction_set() -> None:
     assert VARIANTS[0] in wrong.stdout
 
 
+def test_a_build_of_older_sources_is_named() -> None:
+    code = """
+import foveal.kernels.native as n
+from foveal.kernels.native import _native
+del _native.softmax_rows
+print(n.unavailable())
+"""
+    assert python(code).stdout == "was built from older sources, which have no softmax_rows: reinstall foveal\n"
+
+
 def test_without_the_compiled_part_everything_else_works() -> None:
     code = """
 import sys

@@ -17,6 +17,8 @@ from ...core.layouts import Groups, KeySelection
 from ..call import AttentionCall
 from ..group_plan import average
 
+DOORS = ("forward", "backward", "softmax_rows", "linear")
+"""What the C++ part must offer; a build of older sources does not."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,6 +32,8 @@ def unavailable() -> str | None:
             "needs its C++ part, which is built while foveal is installed: install g++ or clang with C++20, "
             "then reinstall foveal"
         )
+    if missing := [name for name in DOORS if not hasattr(_native, name)]:
+        return f"was built from older sources, which have no {missing[0]}: reinstall foveal"
     try:
         _native.variant()
     except ValueError as error:
