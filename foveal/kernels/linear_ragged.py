@@ -80,8 +80,10 @@ def linear_attention_packed(
         return _reference(q, k, v, cu_seqlens, causal, normalise, eps, state)
     qs, ks, vs = (x.unflatten(1, (hkv, x.shape[1] // hkv)) for x in (q, k, v))
     if in_cpp(q, v, impl):
-        grouped = (x.permute(1, 2, 0, 3)[None] for x in (qs, ks, vs))  # (1, Hkv, G, T, C)
-        out, end = native_product(*grouped, start, cu_seqlens.long().contiguous(), causal, normalise, eps)
+        heads = [x.permute(1, 2, 0, 3)[None] for x in (qs, ks, vs)]  # (1, Hkv, G, T, C)
+        out, end = native_product(
+            heads[0], heads[1], heads[2], start, cu_seqlens.long().contiguous(), causal, normalise, eps
+        )
         out = out[0].permute(2, 0, 1, 3).flatten(1, 2)
     else:
         out, end = sums(qs, ks, with_ones(vs, normalise), start, Pieces.cut(cu_seqlens, chunk).product(causal))

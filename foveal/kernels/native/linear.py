@@ -50,6 +50,14 @@ def _empty(q: Tensor, v: Tensor, start: Tensor, cu: Tensor | None, normalise: bo
     return out, divisor, torch.empty(start.shape, dtype=torch.float32, device=q.device)
 
 
+def _typed(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    return x.data_ptr(), TYPES.index(x.dtype), x.stride()
+
+
+def _strided(x: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    return None if x is None else (x.data_ptr(), x.stride())
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, start: Tensor, cu: Tensor | None,
     causal: bool, reverse: bool, normalise: bool, eps: float,
@@ -57,8 +65,7 @@ def _forward(
     out, divisor, end = _empty(q, v, start, cu, normalise)
     _native.linear(
         (*start.shape[:2], q.shape[2], k.shape[2], q.shape[3], k.shape[3], q.shape[4], v.shape[4]),
-        *((x.data_ptr(), TYPES.index(x.dtype), x.stride()) for x in (q, k, v)),
-        *(None if x is None else (x.data_ptr(), x.stride()) for x in (q_extra, k_extra)),
+        _typed(q), _typed(k), _typed(v), _strided(q_extra), _strided(k_extra),
         (start.data_ptr(), start.stride()), 0 if cu is None else cu.data_ptr(), (out.data_ptr(), out.stride()[:4]),
         (divisor.data_ptr(), divisor.stride()) if normalise else None, end.data_ptr(), eps, causal, reverse,
         torch.get_num_threads(),
