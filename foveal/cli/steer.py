@@ -20,7 +20,7 @@ Words = list[str] | None
 
 def steer(
     model: Annotated[
-        str, typer.Argument(help="smollm2, a folder, a .gguf file, a Hugging Face id, or an adapter of foveal train vlm.")
+        str, typer.Argument(help="smollm2, small_vlm, a folder, a .gguf file, a Hugging Face id, or an adapter of foveal train vlm.")
     ],
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file; - for standard input.")] = None,
@@ -94,8 +94,8 @@ def load(
     from .run import encode
 
     picture = None if image is None else read_picture(image)
-    if model.endswith(".safetensors"):
-        return adapter(Path(model), text, picture)
+    if model == "small_vlm" or model.endswith(".safetensors"):
+        return adapter(None if model == "small_vlm" else Path(model), text, picture)
     if picture is None and not reads_pictures(model):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=remote, progress=note)
         ids = torch.tensor([encode(loaded, text, chat)], device=loaded.model.device)
@@ -114,20 +114,23 @@ def load(
     return loaded, Request.of(loaded.model, inputs, text, decode)
 
 
-def adapter(path: Path, text: str, picture: Any) -> tuple[LoadedModel, Request]:
-    """The small vision-language model with an adapter of ``foveal train vlm``.
+def adapter(path: Path | None, text: str, picture: Any) -> tuple[LoadedModel, Request]:
+    """The small vision-language model with an adapter of ``foveal train vlm``, None for the one that foveal ships.
 
     Raises:
         ConfigError: no picture. ModelError: no such adapter, or a package is missing.
     """
     from ..hf.fingerprint import fingerprint
     from ..hf.load import LoadedModel
-    from ..models.small_vlm import load_small_vlm
+    from ..models.small_vlm import PACKAGED, load_small_vlm
     from ..steer.request import Request
     from .guard import note
 
+    path = PACKAGED if path is None else path
     if picture is None:
-        raise ConfigError(f"{path.name} answers questions about a picture; add --image FILE.")
+        raise ConfigError(
+            f"{path.stem if path == PACKAGED else path.name} answers questions about a picture; add --image FILE."
+        )
     model, reader, _ = load_small_vlm(path, progress=note)
     inputs = reader.prepare([picture], text)
     nothing: Any = None

@@ -160,6 +160,7 @@ def test_refuses_pictures_that_do_not_fit(model: Path, vlm: Path, picture: Path,
     cases |= {
         "bare has no readable processor": (bare, "--image", picture, "--vhr", 2),
         "model 'smollm2' reads no pictures": ("smollm2", "--image", picture, "--vhr", 2),
+        "small_vlm answers questions about a picture": ("small_vlm", "--vhr", 2),
         "small.safetensors answers questions about a picture": (tmp_path / "small.safetensors", "--vhr", 2),
     }
     (tmp_path / "empty").mkdir()
