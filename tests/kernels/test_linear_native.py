@@ -25,25 +25,12 @@ pytestmark = [
 ]
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 TOLERANCE = 1e-5
-VARIANTS: list[str] = []
 if native.unavailable() is None:
-    from foveal.kernels.native import _native
     from foveal.kernels.native import linear as cpp
-
-    VARIANTS = _native.variants()
-
-
-@pytest.fixture(params=VARIANTS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn."""
-    before = _native.variant()
-    _native.choose(request.param)
-    yield request.param
-    _native.choose(before)
 
 
 @pytest.fixture
-def threads() -> Iterator[Any]:
+def set_threads() -> Iterator[Any]:
     """A setter of the number of threads, for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
@@ -142,9 +129,9 @@ def test_edges_of_widths_on_every_instruction_set(isa: str, f: int, d: int) -> N
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_spans_of_many_threads_change_nothing(threads: Any, count: int, causal: bool, kv_heads: int) -> None:
+def test_spans_of_many_threads_change_nothing(set_threads: Any, count: int, causal: bool, kv_heads: int) -> None:
     tensors = inputs(1, 2 * kv_heads, kv_heads, 1203, 32, 32)
-    threads(count)
+    set_threads(count)
     check(tensors, causal=causal)
     if not causal:
         check(inputs(1, 2, 1, 1203, 32, 32, keys=3), causal=causal)
@@ -152,10 +139,10 @@ def test_spans_of_many_threads_change_nothing(threads: Any, count: int, causal: 
 
 
 @CAUSAL
-def test_runs_are_bitwise_equal_at_a_fixed_number_of_threads(threads: Any, causal: bool) -> None:
+def test_runs_are_bitwise_equal_at_a_fixed_number_of_threads(set_threads: Any, causal: bool) -> None:
     tensors = inputs(1, 2, 1, 1500, 32, 32)
     for count in (2, 5):
-        threads(count)
+        set_threads(count)
         first = results(tensors, "native", causal=causal)
         for _ in range(3):
             again = results(tensors, "native", causal=causal)
@@ -187,9 +174,9 @@ def sets(sizes: list[int], groups: int = 1, seed: int = 0) -> tuple[list[Tensor]
 
 @CAUSAL
 @pytest.mark.parametrize("sizes", [[900, 3, 0, 50], [0, 40, 2000], [300, 300, 300], [0], []], ids=str)
-def test_packed_sets_with_a_long_one_on_many_threads(threads: Any, causal: bool, sizes: list[int]) -> None:
+def test_packed_sets_with_a_long_one_on_many_threads(set_threads: Any, causal: bool, sizes: list[int]) -> None:
     packed, cu = sets(sizes)
-    threads(3)
+    set_threads(3)
     check(packed, cu.to(torch.int32), causal=causal, grad=bool(sum(sizes)))
 
 
@@ -205,9 +192,9 @@ def test_packed_sets_and_heads_never_mix_nan(causal: bool) -> None:
     assert torch.equal(other[kept], out[kept]) and bool(other[~kept].isnan().all())
 
 
-def test_the_future_changes_nothing_when_causal(threads: Any) -> None:
+def test_the_future_changes_nothing_when_causal(set_threads: Any) -> None:
     q, k, v, *state = inputs(1, 2, 1, 900, 16, 16)
-    threads(2)
+    set_threads(2)
     out = results([q, k, v, *state], "native", causal=True, grad=False)["out"]
     k2, v2 = k.clone(), v.clone()
     k2[:, :, 501:], v2[:, :, 501:] = 3.0, -2.0

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,26 +27,15 @@ from foveal.patterns import SlidingWindow
 
 from ..strategies import Call, calls, finite, hosts, random_blocks, random_groups, random_lists
 from ..support import assert_close
+from .isas import VARIANTS
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(native.unavailable() is not None, reason=f"native {native.unavailable()}"),
 ]
 KINDS = pytest.mark.parametrize("kind", ["dense", "blocks", "lists", "groups"])
-VARIANTS: list[str] = []
 if native.unavailable() is None:
-    from foveal.kernels.native import _native, ops
-
-    VARIANTS = _native.variants()
-
-
-@pytest.fixture(params=VARIANTS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn."""
-    before = _native.variant()
-    _native.choose(request.param)
-    yield request.param
-    _native.choose(before)
+    from foveal.kernels.native import ops
 
 
 def attend(call: Call, impl: str, **changes: Any) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,16 +14,9 @@ from foveal.kernels.native import unavailable
 if unavailable() is not None:
     pytest.skip(f"native kernels: {unavailable()}", allow_module_level=True)
 
-from foveal.kernels.native import _native
 from foveal.kernels.native.rows import softmax_rows_
 
-
-@pytest.fixture(params=_native.variants(), scope="module")
-def variant(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _native.variant()
-    _native.choose(request.param)
-    yield
-    _native.choose(before)
+from .isas import VARIANTS, on
 
 
 def expected(x: Tensor, lo: Tensor, hi: Tensor, sink: Tensor | None) -> tuple[Tensor, ...]:
@@ -48,11 +39,12 @@ def expected(x: Tensor, lo: Tensor, hi: Tensor, sink: Tensor | None) -> tuple[Te
     )
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @given(
     st.integers(1, 3), st.integers(1, 9), st.sampled_from([1, 7, 8, 31, 32, 33, 64, 100, 257]), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_any_rows(variant: None, heads: int, rows: int, width: int, with_sink: bool, seed: int) -> None:
+def test_any_rows(variant: str, heads: int, rows: int, width: int, with_sink: bool, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x = 4 * torch.randn(heads, rows, width, generator=g)
     lo = torch.randint(0, width, (rows,), generator=g)
@@ -60,7 +52,8 @@ def test_any_rows(variant: None, heads: int, rows: int, width: int, with_sink: b
     sink = torch.randn(heads, generator=g) if with_sink else None
     weights, top, total, share, spread = expected(x, lo, hi, sink)
     got = x.clone()
-    facts = softmax_rows_(got, lo, hi, sink)
+    with on(variant):
+        facts = softmax_rows_(got, lo, hi, sink)
     torch.testing.assert_close(got.double(), weights, atol=1e-7, rtol=2e-6)
     sees = (hi > lo).expand_as(top)
     assert torch.equal(facts.top[sees].double(), top[sees])
@@ -68,7 +61,7 @@ def test_any_rows(variant: None, heads: int, rows: int, width: int, with_sink: b
         torch.testing.assert_close(found.double(), want, atol=1e-6, rtol=3e-6)
 
 
-def test_many_threads_give_the_same_bits(variant: None) -> None:
+def test_many_threads_give_the_same_bits(isa: str) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 77, 1000, generator=g)
     lo, hi = torch.zeros(77, dtype=torch.long), torch.arange(924, 1001)
@@ -85,7 +78,7 @@ def test_many_threads_give_the_same_bits(variant: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_huge_gaps_and_hidden_logits(variant: None) -> None:
+def test_huge_gaps_and_hidden_logits(isa: str) -> None:
     x = torch.full((1, 2, 40), -1e30)
     x[0, 0, 3], x[0, 0, 9] = 5.0, -200.0
     facts = softmax_rows_(x, torch.zeros(2, dtype=torch.long), torch.full((2,), 40), None, -5e29)
@@ -94,14 +87,14 @@ def test_huge_gaps_and_hidden_logits(variant: None) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 5, 40])
-def test_nan_is_not_hidden(variant: None, width: int) -> None:
+def test_nan_is_not_hidden(isa: str, width: int) -> None:
     x = torch.zeros(1, 2, width)
     x[0, 1, width // 2] = torch.nan
     softmax_rows_(x, torch.zeros(2, dtype=torch.long), torch.full((2,), width))
     assert x[0, 0].isfinite().all() and x[0, 1].isnan().any()
 
 
-def test_bounds_outside_the_block_are_cut(variant: None) -> None:
+def test_bounds_outside_the_block_are_cut(isa: str) -> None:
     x = torch.zeros(1, 2, 10)
     softmax_rows_(x, torch.tensor([-5, 4]), torch.tensor([5, 99]))
     assert x[0, 0].tolist() == pytest.approx([0.2] * 5 + [0.0] * 5)
