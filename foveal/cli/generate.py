@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from ..core.errors import ModelError
 from .guard import note
@@ -60,16 +59,11 @@ def generate(
     """
     import foveal
 
+    from ..hf.generation import generation_config
     from ..hf.growing import growing_cache
 
     model: Any = loaded.model
     given = torch.tensor([ids], device=model.device)
-    config = copy.deepcopy(model.generation_config or GenerationConfig.from_model_config(model.config))
-    config.max_new_tokens, config.max_length, config.do_sample = max_new_tokens, None, temperature > 0
-    config.temperature, config.top_p, config.top_k = (temperature, 1.0, 0) if temperature > 0 else (None, None, None)
-    if config.pad_token_id is None:
-        stop = config.eos_token_id
-        config.pad_token_id = stop[0] if isinstance(stop, list) else stop
     clock = Clock(loaded.tokenizer)
     attached: Any = contextlib.nullcontext()
     if policy is not None:
@@ -82,7 +76,7 @@ def generate(
             given,
             attention_mask=torch.ones_like(given),
             past_key_values=growing_cache(model),
-            generation_config=config,
+            generation_config=generation_config(model, max_new_tokens, temperature),
             streamer=clock,
             logits_processor=LogitsProcessorList([Finite()]),
         )

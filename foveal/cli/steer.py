@@ -95,7 +95,7 @@ def load(
 
     picture = None if image is None else read_picture(image)
     if model == "small_vlm" or model.endswith(".safetensors"):
-        return adapter(None if model == "small_vlm" else Path(model), text, picture)
+        return adapter(model, text, picture)
     if picture is None and not reads_pictures(model):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=remote, progress=note)
         ids = torch.tensor([encode(loaded, text, chat)], device=loaded.model.device)
@@ -114,8 +114,8 @@ def load(
     return loaded, Request.of(loaded.model, inputs, text, decode)
 
 
-def adapter(path: Path | None, text: str, picture: Any) -> tuple[LoadedModel, Request]:
-    """The small vision-language model with an adapter of ``foveal train vlm``, None for the one that foveal ships.
+def adapter(name: str, text: str, picture: Any) -> tuple[LoadedModel, Request]:
+    """The small vision-language model with an adapter of ``foveal train vlm``; ``small_vlm`` is the one that foveal ships.
 
     Raises:
         ConfigError: no picture. ModelError: no such adapter, or a package is missing.
@@ -126,11 +126,9 @@ def adapter(path: Path | None, text: str, picture: Any) -> tuple[LoadedModel, Re
     from ..steer.request import Request
     from .guard import note
 
-    path = PACKAGED if path is None else path
+    path = PACKAGED if name == "small_vlm" else Path(name)
     if picture is None:
-        raise ConfigError(
-            f"{path.stem if path == PACKAGED else path.name} answers questions about a picture; add --image FILE."
-        )
+        raise ConfigError(f"{Path(name).name} answers questions about a picture; add --image FILE.")
     model, reader, _ = load_small_vlm(path, progress=note)
     inputs = reader.prepare([picture], text)
     nothing: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -33,32 +33,33 @@ def vlm(
     from ..core.cache import cache_dir
     from ..core.errors import ConfigError
     from ..core.provenance import provenance
+    from ..core.weights import file_sha256
     from ..models.small_vlm import RANK, place_adapter, read_adapter, save_adapter, small_vlm
     from ..recipes.vlm import VLMOptions, score_vlm, train_vlm
     from .guard import note, output
     from .progress import bar
 
+    before = None if init is None else read_adapter(init)
     options = VLMOptions(
-        steps=steps, batch=batch, lr=lr, seed=seed, scenes=scenes, stamps=None if stamps is None else str(stamps)
-    )
+        steps=steps, batch=batch, lr=lr, seed=seed, scenes=scenes, stamps=None if stamps is None else str(stamps),
+        init=None if init is None else file_sha256(init),
+    )  # fmt: skip
     if score < 0:
         raise ConfigError(f"score is {score}; expected 0 or more scenes.")
     if stamps is not None and not stamps.is_dir():
         raise ConfigError(
             f"stamps: {stamps} is no folder; expected usr/share/tuxpaint/stamps of Debian's tuxpaint-stamps-default."
         )
-    before = None if init is None else read_adapter(init)
-    folder = cache_dir() / "train-vlm" / f"{seed}-{steps}-{scenes}" if work is None else work
+    own = f"{seed}-{steps}-{scenes}" + (f"-{options.init[:8]}" if options.init else "")
+    folder = cache_dir() / "train-vlm" / own if work is None else work
     model, reader = small_vlm(seed=seed, progress=note)
-    earlier: dict[str, Any] = {}
     if before is not None and init is not None:
         place_adapter(model, before[0], init.name)
-        earlier = {"earlier": before[1]}
     with bar() as report:
         shown = lambda stage, done, of, loss: report(f"{stage}, loss {loss:.3f}" if loss else stage, done, of)  # noqa: E731
-        record = (
-            train_vlm(model, reader, options, folder, progress=shown) | {"rank": RANK, "made": provenance()} | earlier
-        )
+        record = train_vlm(model, reader, options, folder, progress=shown) | {"rank": RANK, "made": provenance()}
+        if before is not None:
+            record["earlier"] = before[1]
         save_adapter(model, out, record)
         if score:
             record["scored"] = score_vlm(model, reader, count=score, seed=seed, progress=shown)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, FovealError
 
 
 def file_sha256(path: str | Path) -> str:
@@ -25,16 +25,16 @@ def check_digest(path: str, sha256: str, what: str, field: str) -> None:
         )
 
 
-def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file that holds a ``what``; raises :class:`ConfigError` when it cannot be read."""
+def read_tensors(
+    path: str | Path, what: str, error: type[FovealError] = ConfigError
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that holds a ``what``; raises ``error`` when it cannot be read."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ConfigError(
-            f"{what}s are stored as safetensors, which is not installed: pip install 'foveal[hf]'."
-        ) from None
+        raise error(f"{what}s are stored as safetensors, which is not installed: pip install 'foveal[hf]'.") from None
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{what} {path} cannot be read: {error}.") from None
+    except (SafetensorError, OSError) as why:
+        raise error(f"{what} {path} cannot be read: {why}.") from None

@@ -18,6 +18,7 @@ from ..core.context import SelectContext
 from ..core.errors import UnsupportedError
 from ..kernels.call import AttentionCall
 from ..kernels.key_groups import partial, positions
+from ..kernels.merge import shares
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -131,7 +132,7 @@ def reweighed(call: AttentionCall, steps: Sequence[Reweigh], sinks: Tensor | Non
     lses = torch.stack([part_lse for _, part_lse in parts])  # (cells, B, H, R)
     if rest:  # every key is in some cell
         learned = [] if sinks is None else [(sinks.to(lses.dtype)[:, None]).expand_as(lses[0])[None]]
-        mass = _shares(torch.cat([lses, *learned])) * real[:, None]
+        mass = shares(torch.cat([lses, *learned]))[0] * real[:, None]
         left = mass[-1] if learned else torch.zeros_like(mass[0])
         mass = mass[: len(present)]
     else:
@@ -159,11 +160,3 @@ def reweighed(call: AttentionCall, steps: Sequence[Reweigh], sinks: Tensor | Non
     where = rows[:, None, :, None].expand(batch, heads, -1, out.shape[-1])
     moved = moved.scatter_add(2, where, change * real[:, None, :, None])
     return torch.where(moved != 0, (out.to(moved.dtype) + moved).to(out.dtype), out)
-
-
-def _shares(lses: Tensor) -> Tensor:
-    """Softmax over the first dimension; 0 where every entry is −inf."""
-    top = lses.detach().amax(0)
-    parts = torch.exp(lses - torch.where(torch.isinf(top), torch.zeros_like(top), top))
-    total = parts.sum(0)
-    return parts / torch.where(total > 0, total, torch.ones_like(total))

@@ -96,7 +96,7 @@ def load_model(
             path = Path(text).expanduser()
             shown, source = path.name or text, f"folder {path.name}"
             if path.is_dir():
-                model, tokenizer = _from_pretrained(str(model_folder(path)), wanted, place, trust_remote_code, say)
+                model, tokenizer = from_pretrained(str(model_folder(path)), wanted, place, trust_remote_code, say)
             elif path.is_file():
                 source = f"file {path.name}"
                 model, tokenizer = _from_gguf(path, _gguf_dtype(wanted, place), cache, say)
@@ -104,14 +104,19 @@ def load_model(
                 raise ModelError(f"model {text!r} does not exist: no such file or folder. Expected {FORMS}.")
             else:
                 shown, source = text, f"Hugging Face {text}"
-                model, tokenizer = _from_pretrained(text, wanted, place, trust_remote_code, say)
+                model, tokenizer = from_pretrained(text, wanted, place, trust_remote_code, say)
         model = model.to(place).eval()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) else None
-    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    kind, limit = facts(model)
     if place.type == "cpu":
         _warn_if_emulated(getattr(torch, kind))
     return LoadedModel(model, tokenizer, shown, source, fingerprint(model), kind, limit)
+
+
+def facts(model: Any) -> tuple[str, int | None]:
+    """The name of a model's dtype, and the tokens that its text part was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return kind, limit if isinstance(limit, int) else None
 
 
 def _warn_if_emulated(dtype: torch.dtype) -> None:
@@ -191,11 +196,12 @@ def _from_gguf(path: Path, dtype: torch.dtype, cache: Path, say: Callable[[str],
     return read_gguf(path, dtype)
 
 
-def _from_pretrained(
-    name: str, wanted: torch.dtype | None, place: torch.device, remote: bool, say: Callable[[str], None]
-) -> tuple[Any, Any]:
+def from_pretrained(
+    name: str, wanted: torch.dtype | None, place: torch.device, remote: bool, say: Callable[[str], None], *, pictures: bool = False
+) -> tuple[Any, Any]:  # fmt: skip
+    """:func:`foveal.hf.checkpoint.read_checkpoint`, announced; float32 on CPU where no dtype is wanted."""
     say(f"Loading {Path(name).name if Path(name).is_dir() else name}")
-    return read_checkpoint(name, wanted or (torch.float32 if place.type == "cpu" else None), remote)
+    return read_checkpoint(name, wanted or (torch.float32 if place.type == "cpu" else None), remote, pictures=pictures)
 
 
 def _looks_like_path(text: str) -> bool:

@@ -13,9 +13,9 @@ import torch
 
 from ..core.errors import ModelError
 from ..core.info import PACKAGED
-from .checkpoint import model_folder, read_checkpoint
+from .checkpoint import model_folder
 from .fingerprint import fingerprint
-from .load import LoadedModel, resolve, tidy
+from .load import LoadedModel, facts, from_pretrained, resolve, tidy
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +62,12 @@ def load_vlm(
             f"model {text!r} reads no pictures; expected a folder with a vision-language model and its processor, or a Hugging Face id."
         )
     shown = path.name if folder else text
-    if progress is not None:
-        progress(f"Loading {shown}")
+    say = progress or (lambda line: None)
     with tidy():
-        made = wanted or (torch.float32 if place.type == "cpu" else None)
-        model, processor = read_checkpoint(str(model_folder(path)) if folder else text, made, trust_remote_code, pictures=True)  # fmt: skip
+        where = str(model_folder(path)) if folder else text
+        model, processor = from_pretrained(where, wanted, place, trust_remote_code, say, pictures=True)
         model = model.to(place).eval()
     if not hasattr(processor, "tokenizer"):  # transformers gives what it finds
         raise ModelError(f"{shown} has no readable processor; put one there: processor.save_pretrained(folder).")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LoadedVLM(
-        model, processor.tokenizer, shown, f"folder {shown}" if folder else f"Hugging Face {text}", fingerprint(model),
-        str(next(model.parameters()).dtype).removeprefix("torch."), limit if isinstance(limit, int) else None, processor,
-    )  # fmt: skip
+    source = f"folder {shown}" if folder else f"Hugging Face {text}"
+    return LoadedVLM(model, processor.tokenizer, shown, source, fingerprint(model), *facts(model), processor)

@@ -32,17 +32,22 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
             raise ShapeError(
                 f"merge: outs[{i}] has shape {tuple(o.shape)} and lses[{i}] {tuple(part.shape)}; expected (…, Dv) and (…) = {tuple(lses[0].shape)}."
             )
-    stacked = torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in lses])
-    top = stacked.detach().amax(0)
+    weights, lse = shares(torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in lses]))
+    total = sum(o.to(weights.dtype) * w[..., None] for o, w in zip(outs, weights, strict=True))
+    assert isinstance(total, Tensor)
+    return total.to(outs[0].dtype), lse
+
+
+def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
+    """``(softmax over the first dimension, log-sum-exp without it)``; 0 and −inf where every entry is −inf."""
+    top = lses.detach().amax(0)
     safe = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    weights = torch.exp(stacked - safe)
+    weights = torch.exp(lses - safe)
     norm = weights.sum(0)
     blind = norm == 0
     norm = torch.where(blind, torch.ones_like(norm), norm)
     lse = torch.where(blind, torch.full_like(norm, -torch.inf), torch.log(norm) + safe)
-    total = sum(o.to(weights.dtype) * (w / norm)[..., None] for o, w in zip(outs, weights, strict=True))
-    assert isinstance(total, Tensor)
-    return total.to(outs[0].dtype), lse
+    return weights / norm, lse
 
 
 def add_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:

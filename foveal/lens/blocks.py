@@ -187,10 +187,11 @@ def _block(
 ) -> Block:  # fmt: skip
     rows, keys, groups = span.rows, span.keys, call.groups
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
-    s = _logits(call, b, kv_head, span, policy, only_kept, scratch)
+    native = compute_dtype(call.q.dtype) == torch.float32 and call.q.device.type == "cpu" and unavailable() is None
+    s = _logits(call, b, kv_head, span, policy, only_kept, scratch, ends=not native)
     sinks = None if sink_logits is None else sink_logits[heads]
     real = real_rows(call.base, b)[rows]
-    if s.dtype == torch.float32 and s.device.type == "cpu" and unavailable() is None:
+    if native:
         lo, hi = (x[b % len(x), rows] - keys.start for x in (call.base.lo, call.base.hi))
         if call.base.predicate is not None:  # pairs are hidden one by one
             lo, hi = torch.zeros_like(lo), torch.full_like(hi, s.shape[-1])
@@ -221,9 +222,11 @@ def _softmax(s: Tensor, sinks: Tensor | None, real: Tensor) -> tuple[Tensor, Row
 
 
 def _logits(
-    call: AttentionCall, b: int, kv_head: int, span: Span, policy: Kept | None, only_kept: bool, scratch: Tensor | None = None
+    call: AttentionCall, b: int, kv_head: int, span: Span, policy: Kept | None, only_kept: bool, scratch: Tensor | None = None,
+    *, ends: bool = True,
 ) -> Tensor:  # fmt: skip
-    """``(G, R, K)`` with the lowest value on hidden pairs, in ``scratch``'s memory where given."""
+    """``(G, R, K)`` with the lowest value on hidden pairs, in ``scratch``'s memory where given; without ``ends`` what the rows'
+    bounds hide is left as it is."""
     dtype, device, groups = compute_dtype(call.q.dtype), call.q.device, call.groups
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
     index = torch.arange(span.rows.start, span.rows.stop, device=device)
@@ -236,21 +239,21 @@ def _logits(
         s.div_(call.softcap).tanh_().mul_(call.softcap)
     if call.bias is not None:
         s += call.bias[heads, relative_index(call, index[:, None], position)].to(dtype)
-    _hide(s, call.base, b, span, index, position)
+    _hide(s, call.base, b, span, index, position, ends)
     if only_kept and policy is not None:
         s.masked_fill_(~policy.block(b, heads, span.rows, span.keys), LOWEST)
     return s
 
 
-def _hide(s: Tensor, base: BaseMask, b: int, span: Span, index: Tensor, position: Tensor) -> None:
+def _hide(s: Tensor, base: BaseMask, b: int, span: Span, index: Tensor, position: Tensor, ends: bool) -> None:
     """Give hidden pairs the lowest logit, touching no more of the block than is hidden."""
     if base.predicate is not None:
         at = torch.full((1, 1), b, device=s.device)
         s.masked_fill_(~base.allowed(at, torch.zeros_like(at), index[:, None], position[None]), LOWEST)
         return
-    if span.left.shape[1]:
+    if ends and span.left.shape[1]:
         s[..., : span.left.shape[1]].masked_fill_(span.left, LOWEST)
-    if span.right.shape[1]:
+    if ends and span.right.shape[1]:
         s[..., s.shape[-1] - span.right.shape[1] :].masked_fill_(span.right, LOWEST)
     if base.valid is not None:
         valid = base.valid[b % base.valid.shape[0], span.keys]

@@ -19,7 +19,7 @@ from ..hf import AttentionEvent, attach
 from ..hf.vision import image_tokens, require_images
 from ..kernels.call import AttentionCall, compute_dtype
 from ..patterns.dense import Dense
-from ..steer.sinks import TauMode, block_input, blocks, sink_values, threshold
+from ..steer.sinks import TauMode, blocks, on_inputs, sink_values, threshold
 from .blocks import blocks as row_blocks
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "proj", "wo")
@@ -47,21 +47,13 @@ def visual_sinks(
     found: dict[int, Tensor] = {}
     limits: list[float] = []
 
-    def reader(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = block_input(args, kwargs)
-            if not limits:
-                limits.append(threshold(tau, tau_mode, x.shape[-1]))
-            found[layer] = (sink_values(x, dims) >= limits[0]) & image
+    def see(layer: int, hidden: Tensor) -> None:
+        if not limits:
+            limits.append(threshold(tau, tau_mode, hidden.shape[-1]))
+        found[layer] = (sink_values(hidden, dims) >= limits[0]) & image
 
-        return hook
-
-    hooks = [block.register_forward_pre_hook(reader(i), with_kwargs=True) for i, block in blocks(model).items()]
-    try:
+    with on_inputs(blocks(model), see):
         model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return dict(sorted(found.items()))
 
 

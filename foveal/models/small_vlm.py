@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, ModelError
+from ..core.weights import read_tensors
 from ..hf.dinov2 import MEAN, PATCH, STD, dinov2_small
 from ..hf.load import load_model
 from ..recipes.lora import add_lora, fold_lora
@@ -123,18 +124,15 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ModelError: there is no such file, or it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise ModelError(
             f"no adapter at {path.name}: train one with `foveal train vlm --out FILE` and pass it as adapter=FILE."
         )
+    tensors, metadata = read_tensors(path, "adapter", ModelError)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("record", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 - not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(f"adapter {path.name} cannot be read: {error}.") from None
+        return tensors, json.loads(metadata.get("record", "{}"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"adapter {path} cannot be read: {error}.") from None
 
 
 @torch.no_grad()

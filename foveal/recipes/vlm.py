@@ -40,6 +40,7 @@ class VLMOptions:
         scenes: rendered scenes; a fifth has a printed word. most, clutter: shapes and meaningless lines in one, at most.
         turns: questions per picture and step, the description included.
         stamps: folder of Tux Paint's stamps (pictures ``X.png`` with captions ``X.txt``), or None.
+        init: SHA-256 of the adapter that the model starts from, or None: a checkpoint of another start is refused.
     """
 
     steps: int = 600
@@ -51,6 +52,7 @@ class VLMOptions:
     clutter: int = 6
     turns: int = 5
     stamps: str | None = None
+    init: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "scenes", "turns"):

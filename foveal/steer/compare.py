@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, ModelError
 from ..hf import attach
+from ..hf.generation import generation_config
 from ..hf.vision import require_images
 from ..patterns.dense import Dense
 from .apply import apply, report
@@ -115,17 +115,8 @@ def compare(
 @torch.inference_mode()
 def _answer(model: Any, request: Request, count: int) -> tuple[list[int], Tensor]:
     """Generated ids and the logits ``(T, V)`` that chose them, float32 on the CPU."""
-    from transformers import GenerationConfig
-
-    config = copy.deepcopy(
-        getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
-    )
-    config.max_new_tokens, config.max_length, config.do_sample = count, None, False
-    config.temperature = config.top_p = config.top_k = None
+    config = generation_config(model, count)
     config.output_logits = config.return_dict_in_generate = True
-    if config.pad_token_id is None:
-        stop = config.eos_token_id
-        config.pad_token_id = stop[0] if isinstance(stop, list) else stop
     out = model.generate(**request.inputs, generation_config=config)
     logits = torch.cat([step.float().cpu() for step in out.logits])
     if bool(logits.isnan().any()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,8 @@ SINK_DIMS = {
 """Sink dimensions that the paper lists; a property of the base language model."""
 
 TauMode = Literal["paper", "energy"]
+ENERGY = 0.098
+"""The paper's threshold as the share of a vector's energy that one dimension holds."""
 
 
 def sink_values(x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -46,7 +49,7 @@ def threshold(tau: float, mode: TauMode, dim: int) -> float:
     if limit > math.sqrt(dim):
         warnings.warn(
             f"foveal: the sink threshold {limit:g} is above √D = {math.sqrt(dim):.3g}, so no token can be a sink; "
-            "use tau_mode='energy' with tau=0.098, the paper's threshold as a share.",
+            f"use tau_mode='energy' with tau={ENERGY}, the paper's threshold as a share.",
             stacklevel=3,
         )
     return limit
@@ -65,9 +68,19 @@ def blocks(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a block was called with."""
-    return args[0] if args else kwargs["hidden_states"]
+@contextmanager
+def on_inputs(stack: Mapping[int, nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call ``see(layer, hidden states)`` whenever one of the blocks begins."""
+
+    def reader(layer: int) -> Any:
+        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs["hidden_states"])
+
+    hooks = [block.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer, block in stack.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -94,20 +107,13 @@ def find_sink_dims(
     middle = [layer for layer in sorted(stack) if 2 <= layer <= len(stack) - 2]
     seen: dict[int, list[Tensor]] = {layer: [] for layer in middle}
 
-    def reader(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = block_input(args, kwargs)[:, 0].float()
-            seen[layer].append(x.abs() / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30))
+    def see(layer: int, hidden: Tensor) -> None:
+        x = hidden[:, 0].float()
+        seen[layer].append(x.abs() / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30))
 
-        return hook
-
-    hooks = [stack[layer].register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in middle]
-    try:
+    with on_inputs({layer: stack[layer] for layer in middle}, see):
         for prompt in prompts:
             model(**prompt)
-    finally:
-        for hook in hooks:
-            hook.remove()
     share = torch.stack([torch.cat(seen[layer]).median(0).values for layer in middle])  # (layers, D)
     limit = tau if tau_mode == "paper" else math.sqrt(tau * share.shape[1])
     massive = (share >= limit).float().mean(0) > 0.5

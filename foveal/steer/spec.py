@@ -23,7 +23,7 @@ from .context import ContextSteering
 from .heads import HeadScale, head_count
 from .keys import Knockout
 from .request import Request, numbers
-from .sinks import SINK_DIMS, find_sink_dims
+from .sinks import ENERGY, SINK_DIMS, find_sink_dims
 from .var import VAR
 from .vhr import VHR
 
@@ -53,8 +53,6 @@ _GIVEN = {
 }
 """Fields that the words themselves give, or that JSON cannot hold."""
 _SPANS = {"spare", "exclude"}
-ENERGY = 0.098
-"""The paper's threshold on sinks as a share of a token's energy."""
 
 
 @dataclass(frozen=True)

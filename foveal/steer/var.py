@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from ..core.errors import ConfigError, UnsupportedError, nearest
 from ..hf.interventions import Act, Moment, Reweigh
 from ..hf.vision import ImageTokens, forward_inputs, image_tokens, visual_mask
 from .keys import check_layers, over_keys, over_rows
-from .sinks import SINK_DIMS, TauMode, block_input, blocks, find_sink_dims, sink_values, threshold
+from .sinks import SINK_DIMS, TauMode, blocks, find_sink_dims, on_inputs, sink_values, threshold
 
 if TYPE_CHECKING:
     from ..hf import Handle
@@ -143,7 +144,7 @@ class _Redistributing(Act):
         self.requests: weakref.WeakKeyDictionary[Any, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
         self.now = _Now()
         self.rows: dict[int, list[int]] = {}
-        self.hooks: list[Any] = []
+        self.reading = ExitStack()
         if self.dims:
             config: Any = handle.model.config
             width = int(getattr(config.get_text_config(), "hidden_size", 0))
@@ -154,23 +155,17 @@ class _Redistributing(Act):
                 )
             self.limit = threshold(what.tau, what.tau_mode, width)
             around = blocks(handle.model)
-            for layer in sorted(self.layers & around.keys()):
-                self.hooks.append(around[layer].register_forward_pre_hook(self._reader(layer), with_kwargs=True))
+            self.reading.enter_context(on_inputs({i: around[i] for i in self.layers & around.keys()}, self._see))
 
     def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
+        self.reading.close()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.now.flags = {"image": visual_mask(self.tokens, forward_inputs(module, args, kwargs), module)}
 
-    def _reader(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            phi = sink_values(block_input(args, kwargs).detach(), self.dims)
-            self.now.flags[layer] = phi > self.limit if self.what.strict else phi >= self.limit
-
-        return hook
+    def _see(self, layer: int, hidden: Tensor) -> None:
+        phi = sink_values(hidden.detach(), self.dims)
+        self.now.flags[layer] = phi > self.limit if self.what.strict else phi >= self.limit
 
     def _flags(self, name: Any, moment: Moment) -> Tensor:
         """``(B, Nk)`` flags of one kind over the keys: those of earlier calls of the request, then those of this one."""

@@ -20,7 +20,7 @@ from foveal.hf.load import load_model
 from foveal.patterns import Dense, SlidingWindow
 from foveal.policies import ModelStamp, Policy, Rule
 
-from ..hf.tiny_gguf import CONTEXT, LAYERS, write_tiny_gguf
+from ..hf.tiny_gguf import CONTEXT, LAYERS, write_tiny_folder
 
 runner = CliRunner()
 PROMPT = "the cat and the hat"
@@ -28,13 +28,7 @@ PROMPT = "the cat and the hat"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny model: loads faster than the GGUF file."""
-    path = write_tiny_gguf(tmp_path_factory.mktemp("cli") / "tiny.gguf")
-    loaded = load_model(path, cache_dir=path.parent / "cache", device="cpu")
-    folder = path.parent / "tiny"
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return folder
+    return write_tiny_folder(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from foveal.cli import app
 from foveal.hf.load import load_model
 from foveal.steer import HeadScale, apply
 
-from ..hf.tiny_gguf import LAYERS, write_tiny_gguf
+from ..hf.tiny_gguf import LAYERS, write_tiny_folder
 from .tiny_vlm import write_tiny_vlm
 
 runner = CliRunner()
@@ -28,12 +28,7 @@ PROMPT = "the cat and the hat"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_gguf(tmp_path_factory.mktemp("steer") / "tiny.gguf")
-    loaded = load_model(path, cache_dir=path.parent / "cache", device="cpu")
-    folder = path.parent / "tiny"
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return folder
+    return write_tiny_folder(tmp_path_factory.mktemp("steer"))
 
 
 @pytest.fixture(scope="module")

@@ -59,3 +59,14 @@ def write_tiny_gguf(path: Path, seed: int = 0, architecture: str = "llama") -> P
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def write_tiny_folder(parent: Path) -> Path:
+    """The same model as a folder of transformers in ``parent``, which loads faster than the GGUF file."""
+    from foveal.hf.load import load_model
+
+    loaded = load_model(write_tiny_gguf(parent / "tiny.gguf"), cache_dir=parent / "cache", device="cpu")
+    folder = parent / "tiny"
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_training_learns_resumes_and_records(tmp_path: Path) -> None:
         assert torch.allclose(mine, theirs, atol=1e-6)
     with pytest.raises(ConfigError, match="was made with"):
         train_vlm(fresh, reader, VLMOptions(steps=7, batch=2, scenes=10, turns=3, lr=3e-3), tmp_path / "b")
+    with pytest.raises(ConfigError, match="was made with"):
+        train_vlm(fresh, reader, replace(OPTIONS, init="another start"), tmp_path / "b")
 
 
 def test_features_are_those_of_the_pictures(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...data.text import load_text
 from ...models import DecoderLM
+from ...recipes.fit import fit
 
 HELD_OUT = 32
 """Windows of held-out text that are scored."""
@@ -29,6 +30,14 @@ def windows(batch: int, length: int, generator: torch.Generator) -> Tensor:
     text, _, _ = characters()
     start = torch.randint(len(text) - length, (batch, 1), generator=generator)
     return text[start + torch.arange(length + 1)]
+
+
+def taught(
+    model: DecoderLM, length: int, *, batch: int, steps: int, rate: float, seed: int, warmup: int = 20
+) -> dict[str, float]:
+    """:func:`judged` after training on random windows."""
+    fit(model, lambda _, g: model.loss(windows(batch, length, g)), steps, lr=rate, warmup=min(warmup, steps), seed=seed)
+    return judged(model, length)
 
 
 @torch.no_grad()

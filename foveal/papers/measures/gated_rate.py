@@ -13,8 +13,7 @@ from torch import Tensor
 from ...bench.timing import interleaved
 from ...layers.gated import GateConfig, GatedAttention
 from ...models import DecoderLM, Hosted
-from ...recipes.fit import fit
-from .characters import characters, judged, windows
+from .characters import characters, taught
 from .results import summary, write_result
 
 DIM, DEPTH, HEADS, RATIO, LENGTH, BATCH, STEPS, SEEDS = 64, 4, 4, 2.0, 64, 8, 150, 3
@@ -38,9 +37,7 @@ def model_of(gated: bool, seed: int) -> DecoderLM:
 
 def held_out_loss(gated: bool, rate: float, seed: int, steps: int) -> float:
     """Loss on held-out text after training at one rate."""
-    model = model_of(gated, seed)
-    fit(model, lambda _, g: model.loss(windows(BATCH, LENGTH, g)), steps, lr=rate, warmup=min(20, steps), seed=seed)
-    return judged(model, LENGTH)["loss"]
+    return taught(model_of(gated, seed), LENGTH, batch=BATCH, steps=steps, rate=rate, seed=seed)["loss"]
 
 
 def measure_rate(steps: int = STEPS, seeds: int = SEEDS, seed: int = 0, out: Path | None = None) -> dict[str, Any]:

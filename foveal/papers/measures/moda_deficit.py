@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any
 
 import torch
@@ -61,9 +61,7 @@ def deficit(model: Reader) -> dict[str, float]:
         share = torch.sigmoid(other - own)[:, :, IMAGE:]  # of question rows, given to the image
         mass.append(float(share[:, :, -1].mean()))
         cross.append(math.log(float(share.mean()) / IMAGE))
-    layers = range(len(cross))
-    middle = fmean(layers)
-    slope = sum((i - middle) * c for i, c in enumerate(cross)) / sum((i - middle) ** 2 for i in layers)
+    slope, _ = linear_regression(range(len(cross)), cross)
     return {"disparity": fmean(uneven), "last_row_image_mass": fmean(mass), "gamma": math.exp(slope)}
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from ...layers.rcmha import RCMHA
 from ...models import DecoderLM, Recurrent
-from ...recipes.fit import fit
-from .characters import characters, judged, windows
+from .characters import characters, taught
 from .rcmha import FORMS, Positioned
 from .results import sign_test, summary, write_result
 
@@ -39,9 +38,7 @@ def model_of(form: str, seed: int) -> DecoderLM:
 
 def trained(form: str, seed: int, steps: int) -> dict[str, float]:
     """Loss and accuracy on held-out text."""
-    model = model_of(form, seed)
-    fit(model, lambda _, g: model.loss(windows(BATCH, LENGTH, g)), steps, lr=RATE, warmup=min(20, steps), seed=seed)
-    return judged(model, LENGTH)
+    return taught(model_of(form, seed), LENGTH, batch=BATCH, steps=steps, rate=RATE, seed=seed)
 
 
 def measure_accuracy(steps: int = STEPS, seeds: int = SEEDS, seed: int = 0, out: Path | None = None) -> dict[str, Any]:

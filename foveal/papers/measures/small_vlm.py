@@ -20,12 +20,11 @@ from ...recipes.vlm import DESCRIBE, PIXELS, answers, scene_examples
 from ...steer import VAR, VHR, apply, carve, find_sink_dims
 from ...steer.apply import report
 from ...steer.picture import refined_picture
+from ...steer.sinks import ENERGY
 from .command import run_measures
 from .results import sign_test, write_result
 
 COUNT, KINDS = 100, ("colour", "presence", "count", "place")
-ENERGY = 0.098
-"""The paper's threshold as a share of a vector's energy."""
 
 
 @functools.cache
