@@ -27,25 +27,27 @@ from ..kernels.context_parallel import (
     volume,
 )
 from ..kernels.dispatch import compute
-from .memory import PeakMemory
+from .memory import PeakMemory, return_freed_blocks
 
 SCHEMA = "foveal.ranks/1"
 LIMIT = 2e-6
-"""Largest error in float32 against one process in float64, in units of the tensor's largest value (at least 1).
-
-Where one process in float32 by the same kernel is itself further off, half as much again of its own error is allowed.
-"""
+"""Largest error in float32 against one process in float64, in units of the tensor's largest value (at least 1)."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Lengths: ``exact`` for errors against one process and bytes, ``balance`` for CPU time, ``memory`` for peaks."""
+    """Lengths: ``exact`` for errors against one process and bytes, ``balance`` for CPU time, ``memory`` for peaks.
+
+    ``wide`` are the query and key heads of ``memory``, as many as a Llama-type model of 8B has: with fewer key heads than ranks
+    Ulysses holds copies, and a kernel that packs one key head after another needs as much for one head as for eight.
+    """
 
     exact: int = 1024
     balance: int = 8192
-    memory: int = 32768
+    memory: int = 16384
     heads: int = 8
     kv_heads: int = 2
+    wide: tuple[int, int] = (32, 8)
     head_dim: int = 64
     repeats: int = 3
 
@@ -76,11 +78,7 @@ def measure(
         meshes["ring"].everyone.barrier(timeout)
         found[kind][name] = job()
     ranks = meshes["ring"].size
-    mismatches = [
-        name
-        for name, row in found["exact"].items()
-        if not row["equal"] or row["error"] > max(LIMIT, 1.5 * row["alone"])
-    ]
+    mismatches = [name for name, row in found["exact"].items() if not row["equal"] or row["error"] > LIMIT]
     pairs = found["balance"]["zigzag"]["pairs"]
     if len(set(pairs)) > 1:
         mismatches.append("zigzag balance")
@@ -90,11 +88,11 @@ def measure(
     }  # fmt: skip
 
 
-def _tensors(sizes: Sizes, tokens: int, seed: int) -> list[Tensor]:
+def _tensors(sizes: Sizes, tokens: int, seed: int, heads: tuple[int, int] | None = None) -> list[Tensor]:
     """q, k, v and the gradient of out, the same on every rank."""
     make = torch.Generator().manual_seed(seed)
-    heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads)
-    return [torch.randn(1, h, tokens, sizes.head_dim, generator=make) for h in heads]
+    q, kv = heads or (sizes.heads, sizes.kv_heads)
+    return [torch.randn(1, h, tokens, sizes.head_dim, generator=make) for h in (q, kv, kv, q)]
 
 
 def _every(mesh: RankMesh, value: float) -> list[float]:
@@ -109,7 +107,7 @@ def exactness(mesh: RankMesh, method: str, sizes: Sizes, impl: str, seed: int) -
     masks: dict[str, dict[str, Any]] = {
         "full": {}, "causal": {"causal": True}, "document": {"causal": True, "documents": cut}, "sliding": {"causal": True, "window": t // 8},
     }  # fmt: skip
-    errors, alone, counted = {}, 0.0, (0, 0)
+    errors, counted = {}, (0, 0)
     whole = _tensors(sizes, t, seed)
     places = Partition(t, mesh.ring, mesh.ulysses)
     for name, words in masks.items():
@@ -125,13 +123,6 @@ def exactness(mesh: RankMesh, method: str, sizes: Sizes, impl: str, seed: int) -
         one, _ = compute(AttentionCall(wq, wk, wv, None, mask_of(t, **words), sizes.head_dim**-0.5), "reference")
         expected = [one, *torch.autograd.grad(one, (wq, wk, wv), whole[3].double())]
         gaps = []
-        sq, sk, sv = (x.clone().requires_grad_() for x in whole[:3])
-        single, _ = compute(
-            AttentionCall(sq, sk, sv, None, mask_of(t, **words), sizes.head_dim**-0.5),
-            "auto" if impl == "sdpa" else impl,
-        )
-        for x, y in zip([single, *torch.autograd.grad(single, (sq, sk, sv), whole[3])], expected, strict=True):
-            alone = max(alone, float((x.detach() - y.detach()).abs().max() / y.detach().abs().max().clamp(min=1)))
         for x, y in zip(got, expected, strict=True):
             part = places.dispatch(y.detach(), *mesh.place)
             gaps.append(float((x.detach() - part).abs().max() / y.detach().abs().max().clamp(min=1)))
@@ -150,7 +141,7 @@ def exactness(mesh: RankMesh, method: str, sizes: Sizes, impl: str, seed: int) -
     equal = all(set(values) == {float(want)} for values, want in zip(everyone, formula, strict=True))
     return {
         "mesh": {"ulysses": mesh.ulysses, "ring": mesh.ring, "windows": mesh.windows}, "error": max(errors.values()),
-        "alone": alone, "errors": errors, "bytes_forward": counted[0], "bytes_backward": counted[1], "formula_forward": formula[0],
+        "errors": errors, "bytes_forward": counted[0], "bytes_backward": counted[1], "formula_forward": formula[0],
         "formula_backward": formula[1], "formula": FORMULAS[method], "equal": equal,
     }  # fmt: skip
 
@@ -178,8 +169,9 @@ def memory(mesh: RankMesh, method: str, sizes: Sizes, impl: str, seed: int) -> d
     """Peak MiB of each rank: its q, k, v, out, their gradients and everything that the method holds on the way."""
     t, local = sizes.memory, sizes.memory // mesh.size
     mask = mask_of(t, causal=True, window=max(t // 32, 1))  # memory does not depend on the mask; time does
+    return_freed_blocks()
     with PeakMemory() as peak:
-        q, k, v, grad = (x.requires_grad_() for x in _tensors(sizes, local, seed))
+        q, k, v, grad = (x.requires_grad_() for x in _tensors(sizes, local, seed, sizes.wide))
         out = context_parallel_attention(q, k, v, mask, mesh=mesh, method=method, impl=impl)
         grads = torch.autograd.grad(out, (q, k, v), grad)
         del out, grads

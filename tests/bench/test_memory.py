@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -47,3 +48,20 @@ def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
         again = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]
     assert peak.extra_mb > 150
     assert keep.numel() == again[0].numel()
+
+
+def test_freed_blocks_go_back_when_asked() -> None:
+    """In a process of its own: glibc's limit has grown to 32 MiB there, and a freed block of 16 MiB below another stays resident."""
+    code = (
+        "import sys; from foveal.bench.memory import MIB, _resident, return_freed_blocks\n"
+        "import torch\n"
+        "if sys.argv[1] == 'asked': return_freed_blocks()\n"
+        "for _ in range(3): torch.ones(20 * MIB, dtype=torch.uint8)\n"
+        "low, above = torch.ones(16 * MIB, dtype=torch.uint8), torch.ones(16 * MIB, dtype=torch.uint8)\n"
+        "before = _resident(); del low; print((before - _resident()) / MIB)"
+    )
+    freed = {
+        word: float(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
+        for word in ("asked", "not asked")
+    }  # fmt: skip
+    assert freed["asked"] > 14 > 2 > freed["not asked"]

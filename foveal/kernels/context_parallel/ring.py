@@ -70,10 +70,8 @@ class _Sum:
 
     def __init__(self, run: Run, q: Tensor, v: Tensor) -> None:
         self.run, self.q = run, q
-        dtype = compute_dtype(q.dtype)
-        self.out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
-        self.lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-        self.empty = True
+        self.dtype, self.shape = compute_dtype(q.dtype), (*q.shape[:3], v.shape[3])
+        self.found: Pair | None = None
 
     def add(self, source: int | None, k: Tensor, v: Tensor) -> None:
         seen = self.run.seen(source)
@@ -82,13 +80,24 @@ class _Sum:
         call = self.run.call(seen, self.q, k, v)
         with self.run.mesh.meter.computing(self.run.pairs(seen, self.q)):
             out, lse = local.forward(call, local.chosen(self.run.impl, call))
-            rows = seen.rows
-            if self.empty:  # nothing to merge with
-                self.out[:, :, rows], self.lse[:, :, rows] = out.to(self.out.dtype), lse.to(self.lse.dtype)
-            else:
-                both = merge([self.out[:, :, rows], out], [self.lse[:, :, rows], lse.to(self.lse.dtype)])
-                self.out[:, :, rows], self.lse[:, :, rows] = both
-        self.empty = False
+            out, lse, rows = out.to(self.dtype), lse.to(self.dtype), seen.rows
+            if (
+                self.found is None and seen.base.q_len == self.shape[2]
+            ):  # the first part, of all rows: nothing to merge with
+                self.found = out, lse
+                return
+            first = self.found is None
+            whole, total = self.result()
+            if not first:
+                out, lse = merge([whole[:, :, rows], out], [total[:, :, rows], lse])
+            whole[:, :, rows], total[:, :, rows] = out, lse
+
+    def result(self) -> Pair:
+        """Both, as they are now: zero and −inf before any part."""
+        if self.found is None:
+            out = torch.zeros(self.shape, dtype=self.dtype, device=self.q.device)
+            self.found = out, torch.full(self.shape[:3], -torch.inf, dtype=self.dtype, device=self.q.device)
+        return self.found
 
 
 class _Slopes:
@@ -98,24 +107,41 @@ class _Slopes:
         self.run, self.grad_out, self.grad_lse = run, grad_out, grad_lse
         self.q, self.out, self.lse = saved
         self.dtype = compute_dtype(self.q.dtype)
-        self.dq = torch.zeros(self.q.shape, dtype=self.dtype, device=self.q.device)
+        self.found: Tensor | None = None
 
     def of(self, source: int | None, k: Tensor, v: Tensor) -> Pair:
         """What this rank adds to the gradients of ``k`` and ``v``."""
-        dk, dv = (torch.zeros(x.shape, dtype=self.dtype, device=x.device) for x in (k, v))
         seen = self.run.seen(source)
         if seen is None:
-            return dk, dv
+            return torch.zeros(k.shape, dtype=self.dtype, device=k.device), torch.zeros(
+                v.shape, dtype=self.dtype, device=v.device
+            )
         call = self.run.call(seen, self.q, k, v)
         rows, keys = seen.rows, seen.keys
         with self.run.mesh.meter.computing():
-            parts = local.backward(
+            dq, *parts = local.backward(
                 call, local.chosen(self.run.impl, call), self.out[:, :, rows], self.lse[:, :, rows],
                 self.grad_out[:, :, rows], None if self.grad_lse is None else self.grad_lse[:, :, rows],
             )  # fmt: skip
-            self.dq[:, :, rows] += parts[0]
-            dk[:, :, keys], dv[:, :, keys] = parts[1].to(self.dtype), parts[2].to(self.dtype)
-        return dk, dv
+            if self.found is None and seen.base.q_len == self.q.shape[2]:
+                self.found = dq.to(self.dtype)
+            else:
+                self.dq()[:, :, rows] += dq
+            return self._placed(parts[0], keys, k), self._placed(parts[1], keys, v)
+
+    def _placed(self, part: Tensor, keys: slice, of: Tensor) -> Tensor:
+        """The gradient of all keys from that of some."""
+        if part.shape[2] == of.shape[2]:
+            return part.to(self.dtype)
+        whole = torch.zeros(of.shape, dtype=self.dtype, device=of.device)
+        whole[:, :, keys] = part.to(self.dtype)
+        return whole
+
+    def dq(self) -> Tensor:
+        """The gradient of q so far."""
+        if self.found is None:
+            self.found = torch.zeros(self.q.shape, dtype=self.dtype, device=self.q.device)
+        return self.found
 
 
 def _pack(pair: Pair) -> Tensor:
@@ -133,7 +159,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Run, transport: type[Transport]) -> Pair:
         total = _Sum(run, q, v)
         last = transport.forward(run, total, k, v)
-        out, lse = total.out.to(q.dtype), total.lse
+        out, lse = total.result()
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, last)
         ctx.run, ctx.transport = run, transport
         ctx.set_materialize_grads(False)
@@ -146,7 +173,7 @@ class _Attend(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         slopes = _Slopes(ctx.run, (q, out, lse), grad_out, grad_lse)
         dk, dv = ctx.transport.backward(ctx.run, slopes, k, v, last)
-        return slopes.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return slopes.dq().to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 class Transport:
