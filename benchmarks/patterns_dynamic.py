@@ -5,10 +5,10 @@ Usage: python benchmarks/patterns_dynamic.py [--lengths 4096 8192 16384] [--memo
 8 heads of 64, float32. Keys come in segments of 64 tokens, each around one of 64 random topics; every query asks for topics of
 four earlier segments, so that there is something to choose. A pattern's time is selection plus attention by ``gather``; the
 selection's share stands beside it. SDPA runs with the pattern's own base mask: causal, or full for VMoBA on its grid.
-Target: at least 0.6 / tile density times faster than SDPA. Where the C++ kernels are there, ``native`` is the same by them; the target
-of their attention alone, selection not counted, is 0.8 / tile density times faster than their own dense attention. Token top-k is measured for one new token (its prefill computes
-every logit) and has no target. ``flex`` is torch's compiled FlexAttention on the same blocks, where the pattern keeps blocks, beside the
-attention of ``gather`` and ``native`` alone. ``memory`` is the peak of the selection alone at the longest length, in MiB and in units of
+Targets are for the attention alone: by ``gather`` at least 0.6 / tile density times faster than SDPA, and where the C++ kernels are there,
+by ``native`` at least 0.8 / tile density times faster than their own dense attention. Token top-k is measured for one new token
+(its prefill computes every logit) and has no target. ``flex`` is torch's compiled FlexAttention on the same blocks, where the pattern
+keeps blocks, beside the attention of ``gather`` and ``native`` alone. ``memory`` is the peak of the selection alone at the longest length, in MiB and in units of
 one float32 per query, block and head.
 """
 
@@ -121,7 +121,7 @@ def measure_length(length: int, names: list[str], repeats: int, use_flex: bool) 
             job, by_flex[name] = flex_job(rows, k, v, chosen, BaseMask.build(length, length, causal=causal))
             if job is not None:
                 jobs[f"{name} flex"] = job
-                jobs[f"{name} attention"] = partial(foveal.attention, rows, k, v, chosen, causal=causal, impl="gather")
+        jobs[f"{name} attention"] = partial(foveal.attention, rows, k, v, chosen, causal=causal, impl="gather")
         if fast:
             jobs[f"{name} native"] = partial(both, "native")
             jobs[f"{name} native attention"] = partial(
@@ -187,23 +187,25 @@ def _row(
     base = BaseMask.build(1 if case.decode else length, length, causal=case.causal)
     kept = measure(layout, base, 1, HEADS)
     time, choosing = Spread.of(seconds[name]).median, Spread.of(seconds[f"{name} selection"]).median
-    faster = speedups(seconds, against)[name]
+    fast = speedups(seconds, against)
+    attention = fast[f"{name} attention"]
     row: dict[str, Any] = {
         "milliseconds": time * 1e3,
         "selection_share": choosing / time,
         "density": kept.density,
         "tile_density": kept.tile_density,
-        "times_faster_than_sdpa": faster.json(),
+        "times_faster_than_sdpa": fast[name].json(),
+        "attention_over_sdpa": attention.json(),
         "relative_error": float((got - dense[against]).norm() / dense[against].norm()),
     }
     if not case.decode:
         row["target"] = TARGET / kept.tile_density
-        row["met"] = faster.median >= row["target"]
+        row["met"] = attention.median >= row["target"]
     if f"{name} native" in seconds:
         alone = speedups(seconds, f"native {_kind(case)}")[f"{name} native attention"]
         row["native"] = {
             "milliseconds": Spread.of(seconds[f"{name} native"]).median * 1e3,
-            "times_faster_than_sdpa": speedups(seconds, against)[f"{name} native"].json(),
+            "times_faster_than_sdpa": fast[f"{name} native"].json(),
             "attention_over_own_dense": alone.json(),
         }
         if not case.decode:
@@ -260,7 +262,11 @@ def main() -> None:
                 f"{length:6d} {name:16s} {row['milliseconds']:8.1f} ms, {row['times_faster_than_sdpa']['median']:5.2f}× SDPA, "
                 f"selection {100 * row['selection_share']:4.1f} %, density {row['density']:.3f}, tiles {row['tile_density']:.3f}, "
                 f"error {row['relative_error']:.3f}"
-                + (f", target {row['target']:.2f}" if "target" in row else "")
+                + (
+                    f", attention {row['attention_over_sdpa']['median']:.2f}×, target {row['target']:.2f}"
+                    if "target" in row
+                    else ""
+                )
                 + _by_native(row)
                 + _by_flex(row),
                 flush=True,

@@ -16,10 +16,10 @@ from ...recipes.classify import accuracy
 from ...recipes.fit import fit
 from .results import sign_test, summary, write_result
 
-FILTERS, SIDE, NOISE = 8, 24, 5.0
+FILTERS, SIDE, NOISE = 8, 24, 3.5
 PAIRS = torch.combinations(torch.arange(FILTERS))
 BLOCKS, WIDTH = (1, 1, 1), 16
-STEPS, BATCH, RATE, HELD_OUT, SEEDS = 120, 48, 5e-3, 1024, 3
+STEPS, BATCH, RATE, HELD_OUT, SEEDS = 120, 48, 5e-3, 4096, 3
 VARIANTS = {"plain": None, "Var1": "se_var1", "Var2": "se_var2", "Var3": "se_var3", "SE": "se", "ECA": "eca"}
 LOSS, FEWER = 0.002, 30
 
