@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +9,7 @@ import pytest
 import torch
 
 from foveal.papers.measures import clear_gpu, gpu, rettention_gpu, sparsed_gpu, vmoba_gpu
-
-CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "repeats": 1}
-Plant = Callable[[Callable[[str, int], float]], None]
-
-
-@pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """``plant(f)``: every job runs once, and its time is said to be ``f(name, how many measurements came before)``."""
-
-    def times(seconds: Callable[[str, int], float]) -> None:
-        calls = 0
-
-        def fixed(jobs: Mapping[str, Callable[[], Any]], repeats: int, **_: Any) -> dict[str, list[float]]:
-            nonlocal calls
-            for job in jobs.values():
-                job()
-            calls += 1
-            return {name: [seconds(name, calls - 1)] * repeats for name in jobs}
-
-        monkeypatch.setattr(gpu, "interleaved", fixed)
-
-    return times
-
-
-def stored(folder: Path, result: dict[str, Any]) -> bool:
-    """Whether the result file holds what the measure returned."""
-    return json.loads((folder / result["paper"] / f"{result['claim']}.json").read_text()) == json.loads(
-        json.dumps(result)
-    )
+from tests.papers.planted import CPU, planted, stored
 
 
 def test_an_error_is_seen() -> None:
@@ -56,8 +26,8 @@ def test_an_error_is_seen() -> None:
     )
 
 
-def test_times_are_those_of_the_same_turn(plant: Plant) -> None:
-    plant(lambda name, _: {"dense": 0.02, "ours": 0.005}[name])
+def test_times_are_those_of_the_same_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, lambda name, _: {"dense": 0.02, "ours": 0.005}[name])
     row = gpu.timed({"dense": lambda: None, "ours": lambda: None}, 3, "cpu")
     assert row == {"ms": {"dense": 20.0, "ours": 5.0}, "ratio": {"dense": 1.0, "ours": 0.25}}
 
@@ -65,14 +35,14 @@ def test_times_are_those_of_the_same_turn(plant: Plant) -> None:
 CLEAR: dict[str, Any] = {**CPU, "sides": (8, 16), "radii": (2, 3), "judged": 2, "text": 16, "heads": 2, "head_dim": 16, "tile": (4, 4)}  # fmt: skip
 
 
-def test_clear(tmp_path: Path, plant: Plant) -> None:
+def test_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = clear_gpu.measure_speed(out=tmp_path, **CLEAR)
     assert result["measured"]["difference"] < 1e-5 and stored(tmp_path, result)
     inside = (8 + 7 + 7) ** 2  # a disc of radius 2 is 3×3 tokens
     assert result["measured"]["rows"]["8²"]["pairs"]["r = 2"] == round((16 * 80 + 64 * 16 + inside) / 80**2, 4)
 
     def verdict(small: float, large: float, dense: float = 12.0) -> str:
-        plant(lambda name, size: (1.0, dense)[size] if name == "dense" else (small, large)[size])
+        planted(monkeypatch, lambda name, size: (1.0, dense)[size] if name == "dense" else (small, large)[size])
         return clear_gpu.measure_speed(out=tmp_path, **CLEAR)["verdict"]
 
     assert verdict(0.6, 3.0) == "reproduced"
@@ -81,7 +51,7 @@ def test_clear(tmp_path: Path, plant: Plant) -> None:
     assert verdict(0.6, 13.0) == "not reproduced"
 
 
-def test_rettention(tmp_path: Path, plant: Plant) -> None:
+def test_rettention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {**CPU, "text": 10, "frames": 3, "places": 20, "heads": 2, "head_dim": 16, "keep": 0.2}
     result = rettention_gpu.measure_latency(out=tmp_path, **shape)
     assert result["measured"]["difference"] < 1e-5 and stored(tmp_path, result)
@@ -90,7 +60,7 @@ def test_rettention(tmp_path: Path, plant: Plant) -> None:
     )
 
     def found(sparse: float) -> dict[str, Any]:
-        plant(lambda name, _: {"sparse": sparse, "refresh": 1.5}.get(name, 1.0))
+        planted(monkeypatch, lambda name, _: {"sparse": sparse, "refresh": 1.5}.get(name, 1.0))
         return rettention_gpu.measure_latency(out=tmp_path, **shape)
 
     good = found(0.25)
@@ -102,7 +72,7 @@ def test_rettention(tmp_path: Path, plant: Plant) -> None:
 SPARSED: dict[str, Any] = {**CPU, "dim": 32, "depth": 2, "heads": 2, "answer": 8, "block": 4, "at_a_time": 4}
 
 
-def test_sparsed(tmp_path: Path, plant: Plant) -> None:
+def test_sparsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {**SPARSED, "lengths": (24, 40), "steps": 10}
     result = sparsed_gpu.measure_latency(out=tmp_path, **shape)
     assert result["measured"]["difference"] < 1e-5 and stored(tmp_path, result)
@@ -110,7 +80,7 @@ def test_sparsed(tmp_path: Path, plant: Plant) -> None:
 
     def found(sparse: float, whole: float) -> dict[str, Any]:
         step = {"dense": 1.0, "mask": 3.0, "sparse": sparse}
-        plant(lambda name, call: step[name] if call % 2 == 0 else {"dense": 10.0, "sparse": whole}[name])
+        planted(monkeypatch, lambda name, call: step[name] if call % 2 == 0 else {"dense": 10.0, "sparse": whole}[name])
         return sparsed_gpu.measure_latency(out=tmp_path, **shape)
 
     good = found(0.5, 9.0)  # 4 + 6·0.5 + 2 = 9 of 10
@@ -122,21 +92,21 @@ def test_sparsed(tmp_path: Path, plant: Plant) -> None:
     assert slow["verdict"] == "not reproduced" and slow["measured"]["crossover"] is None
 
 
-def test_sparsed_with_more_steps(tmp_path: Path, plant: Plant) -> None:
+def test_sparsed_with_more_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {**SPARSED, "length": 24, "steps": (10, 20)}
     assert stored(tmp_path, sparsed_gpu.measure_steps(out=tmp_path, **shape))
 
     def verdict(few: float, many: float) -> str:
         step = {"dense": 1.0, "mask": 3.0, "sparse": 0.5}
         whole = {1: {"dense": 10.0, "sparse": few}, 3: {"dense": 20.0, "sparse": many}}
-        plant(lambda name, call: whole[call][name] if call % 2 else step[name])
+        planted(monkeypatch, lambda name, call: whole[call][name] if call % 2 else step[name])
         return sparsed_gpu.measure_steps(out=tmp_path, **shape)["verdict"]
 
     assert verdict(9.0, 15.0) == "reproduced"  # 6 + 14·0.5 + 2 = 15 of 20
     assert verdict(9.0, 12.0) == "direction holds" and verdict(7.0, 15.0) == "not reproduced"
 
 
-def test_vmoba(tmp_path: Path, plant: Plant) -> None:
+def test_vmoba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = ((1, 0, 0), (0, 2, 2), (2, 2, 2))
     shape = {**CPU, "settings": {"16": ((2, 2, 4), blocks), "32": ((2, 4, 4), blocks)}, "heads": 2, "head_dim": 8}
     result = vmoba_gpu.measure_crossover(out=tmp_path, **shape)
@@ -144,7 +114,10 @@ def test_vmoba(tmp_path: Path, plant: Plant) -> None:
     assert all(0 < kept < 1 for kept in result["measured"]["rows"]["32"]["kept"].values())
 
     def found(short: float, long: float, choosing: float = 0.1) -> dict[str, Any]:
-        plant(lambda name, call: 1.0 if name == "dense" else choosing if name[0] == "c" else (short, long)[call])
+        planted(
+            monkeypatch,
+            lambda name, call: 1.0 if name == "dense" else choosing if name[0] == "c" else (short, long)[call],
+        )
         return vmoba_gpu.measure_crossover(out=tmp_path, **shape)
 
     good = found(0.9, 0.8)
