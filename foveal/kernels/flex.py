@@ -21,7 +21,8 @@ WRONG_UP_TO = 16
 SMALLEST_TILE = 16
 """Of the Triton kernels, in rows and in keys."""
 COMPILATIONS = 256
-"""Shapes and masks compiled at most; beyond torch's own limit of 8 it would run the uncompiled, O(N²) form."""
+"""Shapes and masks compiled at most. Beyond the limit, 8 by default, torch runs the uncompiled form, which stores all scores and
+asks ``mask_mod`` alone: which blocks are kept it does not know."""
 
 
 @functools.cache
@@ -97,6 +98,8 @@ def _call(call: AttentionCall, score_mod: Any, mask: BlockMask) -> tuple[Tensor,
     if call.q.device.type == "cuda":
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
         kwargs["kernel_options"] = kernel_options(call.base.q_len, mask.BLOCK_SIZE, head_dim, call.q.dtype)
+    if torch.compiler.is_compiling():  # inside a model that is compiled as a whole
+        return _run(call, kwargs)
     from torch._dynamo import config as dynamo  # slow to import, and loaded by torch.compile in any case
 
     with dynamo.patch(recompile_limit=COMPILATIONS, accumulated_recompile_limit=4 * COMPILATIONS):

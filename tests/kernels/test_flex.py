@@ -85,7 +85,7 @@ def test_blocks_that_the_cuda_kernels_do_not_take() -> None:
 
 
 def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond its limit torch would run FlexAttention uncompiled, which stores all scores."""
+    """Beyond its limit torch would run FlexAttention uncompiled, which stores all scores and ignores which blocks are kept."""
     compiled = []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:

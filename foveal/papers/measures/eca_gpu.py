@@ -22,7 +22,9 @@ GATES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def networks(device: str, dtype: torch.dtype, blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64) -> dict[str, ResNet]:
+def networks(
+    device: str, dtype: torch.dtype, blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64
+) -> dict[str, ResNet]:
     """The plain network, and the same weights with each kind of gate; channels last."""
     found = {}
     for name in ("plain", *GATES):
@@ -57,7 +59,9 @@ def measure_throughput(
     pictures = torch.randn(batch, 3, side, side, generator=make).to(device, dtype, memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,), generator=make).to(device)
     added = {name: count(net) - count(nets["plain"]) for name, net in nets.items() if name in GATES}
-    inference = gpu.timed({n: partial(net.eval(), pictures) for n, net in nets.items()}, repeats, device, baseline="plain")
+    inference = gpu.timed(
+        {n: partial(net.eval(), pictures) for n, net in nets.items()}, repeats, device, baseline="plain"
+    )
     steps = {n: partial(_step, net.train(), pictures, labels) for n, net in nets.items()}
     training = gpu.timed(steps, repeats, device, baseline="plain", backward=True)
     share = {

@@ -39,9 +39,7 @@ def drawn(
 def timed(
     jobs: Mapping[str, Callable[[], Any]], repeats: int, device: str, *, baseline: str = "dense", backward: bool = False, warmup: int = 2
 ) -> Row:  # fmt: skip
-    """Times of all jobs in turns, without gradients unless ``backward``; ``warmup`` 0 says that the jobs have been compiled."""
-    if warmup:
-        torch._dynamo.reset()  # a limit on recompilations would send later sizes to the uncompiled form
+    """Times of all jobs in turns, without gradients unless ``backward``; unmeasured turns before them compile."""
     with torch.set_grad_enabled(backward):
         seconds = interleaved(jobs, repeats, warmup=warmup, device=device)
     faster = speedups(seconds, baseline)

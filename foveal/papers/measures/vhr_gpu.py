@@ -99,5 +99,5 @@ def measure_cost(
 
 def _greedy(model: VLM, inputs: dict[str, Tensor], tokens: int) -> Tensor:
     """``(1, tokens)`` new tokens."""
-    made: Any = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-    return made[:, -tokens:]
+    generator: Any = model
+    return generator.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[:, -tokens:]
