@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from foveal.core.base_mask import BaseMask
 from foveal.core.budget import Budget
+from foveal.core.context import SelectContext
 from foveal.models import DecoderLM, Memory
 from foveal.papers.measures import hylra_gpu, kinetics_gpu
+from foveal.papers.measures.gpu import drawn
 from foveal.papers.measures.gpu_decode import Decoding
 from foveal.patterns.topk import BlockTopK
 from tests.papers.planted import CPU, planted, stored
@@ -53,6 +56,16 @@ def test_kinetics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert verdict(2.3, 3.0) == "reproduced"
     assert verdict(3.0, 2.2) == "direction holds" and verdict(3.0, 0.9) == "not reproduced"
+
+
+def test_the_state_of_many_sequences_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = drawn(4, 50, 8, "cpu", torch.float32, kv_heads=2, batch=3, q_len=1)
+    pattern, ctx = BlockTopK(Budget(tokens=12), kv_block=4), SelectContext(BaseMask.build(1, 50, causal=True))
+    whole = pattern.select(q, k, ctx)[1]
+    monkeypatch.setattr(kinetics_gpu, "SEQUENCES", 2)
+    parts = kinetics_gpu._state(pattern, q, k, ctx)
+    assert torch.equal(parts.sums, whole.sums) and torch.equal(parts.counts, whole.counts)
+    assert (parts.absorbed, parts.origin) == (whole.absorbed, whole.origin)
 
 
 def test_hylra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

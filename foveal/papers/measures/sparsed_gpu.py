@@ -34,7 +34,7 @@ def measure_latency(
     dtype: torch.dtype = gpu.DTYPE,
     lengths: tuple[int, ...] = (16384, 32768, LONG),
     steps: int = 128,
-    repeats: int = 5,
+    repeats: int = 3,
     **shape: int,
 ) -> dict[str, Any]:
     """Claim ``latency-64k``: the longest of ``lengths`` is judged; ``shape`` goes to :func:`generations`."""
@@ -65,7 +65,7 @@ def measure_steps(
     dtype: torch.dtype = gpu.DTYPE,
     length: int = LONG,
     steps: tuple[int, int] = (128, 1024),
-    repeats: int = 5,
+    repeats: int = 3,
     **shape: int,
 ) -> dict[str, Any]:
     """Claim ``latency-1024-steps``: generations of both numbers of steps; the formula's error is judged on the larger one."""
