@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from foveal.papers import cards
+from foveal.papers.cards import Claim
 from foveal.papers.measures import clear_gpu, gpu, rettention_gpu, sparsed_gpu, vmoba_gpu
+from foveal.papers.reproduce import measure_of, reproduce
 from tests.papers.planted import CPU, planted, stored
 
 
@@ -24,6 +28,25 @@ def test_an_error_is_seen() -> None:
     assert (
         gpu.verdict(True, True, difference=0.5) == "not reproduced" == gpu.verdict(True, True, difference=float("nan"))
     )
+
+
+ON_GPU = [claim for card in cards().values() for claim in card.claims if claim.scale == "one GPU" and claim.measured_by]
+
+
+def test_a_machine_without_a_gpu_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(ON_GPU) >= 24
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for claim in ON_GPU:
+        outcome = next(reproduce(claim.slug, claim.id, out=tmp_path))
+        assert outcome.result is None and outcome.why_not == "needs a CUDA GPU, and torch sees none here"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("claim", ON_GPU, ids=lambda c: f"{c.slug}/{c.id}")
+def test_defaults_are_those_of_a_gpu(claim: Claim) -> None:
+    known = inspect.signature(measure_of(claim)).parameters
+    assert "device" not in known or known["device"].default == "cuda"
+    assert "dtype" not in known or known["dtype"].default == torch.bfloat16
 
 
 def test_times_are_those_of_the_same_turn(monkeypatch: pytest.MonkeyPatch) -> None:
