@@ -60,3 +60,42 @@ def test_small_heads_are_refused_where_the_compiled_kernel_is_wrong(
     assert bool(wrong) == (capability == "AVX2")
     large = torch.zeros(1, 1, 9, 24)
     assert not flex.refusals(AttentionCall(large, large, large, None, base, 1.0, return_lse=False))
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 96, 128, 256])
+@pytest.mark.parametrize("keys", [16, 48, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tiles_of_the_cuda_kernel_divide_the_blocks(rows: int, keys: int, dtype: torch.dtype, head_dim: int) -> None:
+    """Torch's own tiles may have 128 rows and keys; with smaller blocks it fails to compile."""
+    assert not flex.tile_refusals((rows, keys), needs_grad=False)
+    options = flex.kernel_options(500, (rows, keys), head_dim, dtype)
+    if options is None:
+        assert rows % 128 == keys % 128 == 0
+    else:
+        assert rows % options["BLOCK_M"] == keys % options["BLOCK_N"] == 0
+        assert min(options["BLOCK_M"], options["BLOCK_N"]) >= flex.SMALLEST_TILE
+    assert flex.kernel_options(127, (rows, keys), head_dim, dtype) is not None
+
+
+def test_blocks_that_the_cuda_kernels_do_not_take() -> None:
+    assert flex.tile_refusals((128, 8), needs_grad=False) and flex.tile_refusals((20, 128), needs_grad=False)
+    assert not flex.tile_refusals((128, 128), needs_grad=True)
+    assert "gradients" in flex.tile_refusals((128, 64), needs_grad=True)[0]
+
+
+def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its limit torch would run FlexAttention uncompiled, which stores all scores and ignores which blocks are kept."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    function = torch.compile(flex.flex.flex_attention, dynamic=False, backend=backend)
+    monkeypatch.setattr(flex, "_compiled", lambda: function)
+    limit = torch._dynamo.config.recompile_limit
+    for length in range(20, 22 + limit):
+        q, k, v = qkv(length, length)
+        foveal.attention(q, k, v, causal=True, impl="flex")
+    assert len(compiled) == limit + 2 and torch._dynamo.config.recompile_limit == limit
