@@ -149,6 +149,8 @@ def test_losses_are_weighted_and_blind_to_the_order_of_ends():
     truth = line_targets(SEGMENTS, (8, 8))
     found = line_losses(maps, truth)
     assert float(found["total"]) == pytest.approx(float(sum(WEIGHTS[n] * found[n] for n in WEIGHTS)))
+    without = line_losses(maps, truth, WEIGHTS | {"line": 0.0})
+    assert float(found["total"] - without["total"]) == pytest.approx(float(0.5 * found["line"]), abs=1e-4)
     other = line_losses(maps, line_targets([s.flip(1) for s in SEGMENTS], (8, 8)))
     assert all(float(found[n]) == pytest.approx(float(other[n])) for n in found)
     at = truth.junction.bool()

@@ -5,7 +5,7 @@ Positions are in cells, ``(x, y)``; the middle of a cell is at ½.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,14 +73,14 @@ def cell(points: Tensor, side: Tensor) -> Tensor:
     return points.floor().long().clamp(min=torch.zeros_like(side), max=side - 1)
 
 
-def line_losses(maps: LineMaps, truth: LineMaps) -> dict[str, Tensor]:
-    """Losses by name, weighted as ULSD's, and their sum ``total``.
+def line_losses(maps: LineMaps, truth: LineMaps, weights: Mapping[str, float] = WEIGHTS) -> dict[str, Tensor]:
+    """Losses by name, and their weighted sum ``total``; the weights are ULSD's unless others are given.
 
     Offsets count where there is a junction or centre, and are 0 where there is none. Ends may be told in either order (ours: the
     smaller of both losses).
     """
     ends = torch.minimum(
-        *(F.smooth_l1_loss(maps.ends, t, reduction="none").sum(1) for t in (truth.ends, truth.ends.roll(2, 1)))
+        *(F.smooth_l1_loss(maps.ends, t, reduction="none").mean(1) for t in (truth.ends, truth.ends.roll(2, 1)))
     )
     found = {
         "line": F.binary_cross_entropy_with_logits(maps.line, truth.line),
@@ -90,7 +90,7 @@ def line_losses(maps: LineMaps, truth: LineMaps) -> dict[str, Tensor]:
         "centre_offset": _where(truth.centre, (maps.centre_offset - truth.centre_offset).abs().sum(1)),
         "ends": _where(truth.centre, ends),
     }
-    return found | {"total": torch.stack([WEIGHTS[name] * value for name, value in found.items()]).sum()}
+    return found | {"total": torch.stack([weights[name] * value for name, value in found.items()]).sum()}
 
 
 def _where(mask: Tensor, loss: Tensor) -> Tensor:
