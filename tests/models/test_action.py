@@ -13,7 +13,7 @@ from foveal.layers.csa import CSA
 from foveal.models.action import BMN, Maps
 from foveal.models.action.attention import NAMED, Wider
 from foveal.models.action.sampling import sample_points, sampling_weights, valid_cells
-from foveal.models.action.targets import by_duration, by_end, labels, losses, segment_iou
+from foveal.models.action.targets import balanced, by_duration, by_end, labels, losses, segment_iou
 
 C_IN, T, WIDTHS, N = 8, 9, (8, 4, 6), 3
 
@@ -190,6 +190,15 @@ def test_identity_11_losses_are_finite_without_a_positive_cell():
             total = losses(said, labels(segments, T))["total"]
             assert bool(torch.isfinite(total))
             assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(total, said))
+
+
+@pytest.mark.parametrize("side", [False, True])
+def test_identity_11_balance_is_finite_when_one_side_is_empty(side):
+    p = torch.tensor([0.2, 0.6], dtype=torch.float64, requires_grad=True)
+    loss = balanced(p, torch.tensor([side, side]))
+    chosen = p if side else 1 - p
+    assert loss.item() == pytest.approx(-0.5 * (chosen + 1e-6).log().mean().item())
+    assert bool(torch.autograd.grad(loss, p)[0].isfinite().all())
 
 
 def test_maps_by_duration_and_back():
