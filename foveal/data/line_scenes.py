@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from .events import Events, events_between, events_to_est
 
-MARGIN, SHORTEST, APART = 4.0, 14.0, 6.0
+MARGIN, SHORTEST, APART = 4.0, 14.0, 9.0  # a detector on cells of 4 pixels can tell all ends apart
 THRESHOLDS = (0.1, 0.3)
 SPEED = (1.0, 1.0, 0.15, 0.15, 0.05, 0.05)
 """Deviations of the camera's motion: two of shift, turn, growth, two of perspective; in half sides and radians."""
