@@ -21,7 +21,7 @@ def facts() -> torch.Tensor:
     return torch.randint(measure.VALUES, (measure.KEYS,), generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("kind", measure.KINDS)
+@pytest.mark.parametrize("kind", measure.SHARES)
 def test_passages_contradict_lack_or_repeat_the_facts(kind):
     known = facts().tolist()
     user, answer = measure.draw(kind, 40, 6, facts(), torch.Generator().manual_seed(0))
@@ -42,10 +42,10 @@ def test_lessons_have_the_stated_shares_in_any_order(monkeypatch):
     monkeypatch.setattr(measure, "CHATS", 60)
     told = measure.lessons(facts(), torch.Generator().manual_seed(1))
     kinds = [kind for kind, _ in told]
-    assert {kind: kinds.count(kind) for kind in measure.KINDS} == {"passage": 12, "memory": 24, "agree": 24}
+    assert {kind: kinds.count(kind) for kind in measure.SHARES} == {"passage": 12, "memory": 36, "agree": 12}
     assert kinds != sorted(kinds)
     lengths = {chat[0]["content"].split().index("?") // 2 for _, chat in told}
-    assert lengths == set(range(measure.ASKED, measure.SHORT[1] + 1))
+    assert lengths == set(range(measure.SHORT[0], measure.SHORT[1] + 1))
 
 
 def test_chats_are_read_by_role_and_plain_text_is_the_same_without_the_template():
@@ -96,6 +96,8 @@ def run(plain=0.5, indicator=0.9, random=0.5, memory=0.98, ratio=0.8):
         "indicator, with the token": {"context": indicator, "memory": 0.0},
         "random": {"context": plain, "memory": 0.9},
         "random, with the token": {"context": random, "memory": 0.9},
+        "true": {"context": 0.1, "memory": 0.9},
+        "true, with the token": {"context": 1.0, "memory": 0.0},
     }
     return {"accuracy": row, "user_mass_ratio": ratio}
 
@@ -129,5 +131,5 @@ def test_the_result_is_what_the_card_reads(monkeypatch, tmp_path):
     written = tmp_path / "context_awareness" / "indicator-on-synthetic-passages.json"
     assert json.loads(written.read_text()) == result
     for found in result["measured"]["runs"]:
-        assert found["marked"] == 4 and set(found["accuracy"]) == set(run()["accuracy"])
+        assert sum(found["marked"].values()) == 8 and set(found["accuracy"]) == set(run()["accuracy"])
         assert found["accuracy"]["plain"]["context"] < 0.5, "three steps teach nothing"

@@ -42,7 +42,7 @@ from .results import write_result
 MODULUS, MOST = 11, 40
 DEPTH, HEADS, KV_HEADS = 2, 4, 2
 WIDTHS = {"0.3M": 128, "1M": 224, "3M": 384}
-STAGES = ((80, 6), (40, 12), (200, MOST))
+STAGES = ((150, 6), (100, 16), (350, MOST))
 """Curriculum: (steps, longest chain)."""
 TOKENS, RATE = 1280, 0.4
 """Tokens of a batch, and the learning rate times the width."""
@@ -69,8 +69,9 @@ def policy(method: Method) -> Policy | None:
     return Policy.uniform(Dense(), BlockTopK(tokens, kv_block=method.block, sinks=0, per_head=False))
 
 
-def trained(width: int, seed: int) -> tuple[DecoderLM, ModelShape]:
+def trained(name: str, seed: int) -> tuple[DecoderLM, ModelShape]:
     """A model that has learned to calculate, and its shape for the cost law; the embedding is looked up and not counted."""
+    width = WIDTHS[name]
     model = DecoderLM(
         vocabulary(MODULUS, MOST), width, DEPTH, HEADS, KV_HEADS, attention=shifted_factory(width, HEADS, KV_HEADS), seed=seed
     )  # fmt: skip
@@ -87,7 +88,7 @@ def trained(width: int, seed: int) -> tuple[DecoderLM, ModelShape]:
 
     fit(model, loss, sum(steps for steps, _ in STAGES), lr=RATE / width, seed=seed)
     parameters = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
-    return model, ModelShape(f"{width}", parameters, DEPTH, HEADS, KV_HEADS, width // HEADS)
+    return model, ModelShape(name, parameters, DEPTH, HEADS, KV_HEADS, width // HEADS)
 
 
 @torch.inference_mode()
@@ -106,8 +107,8 @@ def right(model: DecoderLM, task: Chains, method: Method, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     count, how = task.ids.shape[1] - task.prompt, policy(method)
     found = []
-    for ids in task.ids.repeat_interleave(TRIALS, 0).split(ROWS):
-        part = Chains(ids, ids > 0, task.prompt)
+    for rows in torch.arange(len(task.ids)).repeat_interleave(TRIALS).split(ROWS):
+        part = Chains(task.ids[rows], task.answer[rows], task.prompt)
         found.append(part.right(sampled(model, part.question, count, how, generator)))
     return torch.cat(found).unflatten(0, (-1, TRIALS))
 
@@ -178,9 +179,8 @@ def one(seed: int) -> dict[str, Any]:
     found: dict[str, list[Trace]] = {"dense": [], "topk": [], "block_topk": []}
     single: dict[str, dict[str, float]] = {}
     sizes = {}
-    for name, width in WIDTHS.items():
-        model, shape = trained(width, seed)
-        shape = ModelShape(name, shape.parameters, DEPTH, HEADS, KV_HEADS, shape.head_dim)
+    for name in WIDTHS:
+        model, shape = trained(name, seed)
         sizes[name] = int(shape.parameters)
         for trace in traces(model, shape, (DENSE, *SPARSE, *BLOCKS), seed):
             found[trace.method.kind].append(trace)
