@@ -98,9 +98,9 @@ def test_the_verdict_follows_from_the_shares(oracle, common, dense, verdict):
 def test_the_result_is_what_the_card_reads(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "WIDTHS", {"a": 16, "b": 32})
     monkeypatch.setattr(measure, "STAGES", ((2, 4), (1, 6)))
-    monkeypatch.setattr(measure, "QUESTIONS", {2: 3, 5: 2})
-    monkeypatch.setattr(measure, "TRIALS", 4)
-    monkeypatch.setattr(measure, "ROWS", 5)
+    monkeypatch.setattr(measure, "QUESTIONS", {2: 2, 3: 1})
+    monkeypatch.setattr(measure, "TRIALS", 2)
+    monkeypatch.setattr(measure, "ROWS", 3)
     result = measure.measure_frontier(seeds=1, seed=7, out=tmp_path)
     claim = next(c for c in load_card("kinetics").claims if c.id == "sparse-frontier")
     assert claim.measured_by == "foveal.papers.measures.kinetics_frontier:measure_frontier"

@@ -1,13 +1,12 @@
 """Context awareness in a tiny decoder: does the indicator token win back what tuning on answers from memory takes from the context?
 
 A decoder learns facts (one value per key) and to read passages of ``key value`` pairs, which then overrule the facts. It is tuned on chats
-of which 80 % can be answered from memory (most passages lack the keys that are asked, some agree with the facts) and 20 % only from the
-passage, which contradicts the facts. No chat contradicts another: a model that always reads its passage answers all of them. Passages of
-chats are short, those of the test long, as in the paper.
+of which 20 % are answered from the passage and 80 % from memory: most of the latter have passages without the keys that are asked, the
+others passages that contradict the facts and are ignored. Passages of chats are short, those of the test long, as in the paper.
 
-The recipe decides which chats are marked: the plainly tuned model scores them by its attention, and as many are marked as have passages
-that hold the answer. Beside it stand as many marks on random chats, and marks on exactly the chats that need their passage. The latter
-win by construction, because the token then tells what nothing else does; they show what perfect scores could reach and decide nothing.
+Marks on exactly the chats that are answered from the passage can win by construction, because the token then tells what nothing else
+does. So the verdict rests on the recipe's own marks, for which the plainly tuned model scores the chats by its attention, and on a control
+with as many marks on random chats. True marks show what perfect scores would reach.
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ STAGES = ((200, 6), (60, 12), (80, 20))
 TOKENS, RATE = 2048, 3e-3
 CHATS, SHORT, LONG = 320, (4, 6), 20
 """Chats to tune on, pairs in their passages, and in those of the test."""
-SHARES = {"passage": 0.2, "agree": 0.2, "memory": 0.6}
-"""Of the chats: passages that contradict the facts, agree with them, or lack the keys."""
+SHARES = {"passage": 0.2, "ignored": 0.3, "memory": 0.5}
+"""Of the chats: answered from a passage that contradicts the facts, from memory against such a passage, from memory where the passage lacks
+the keys."""
 TUNING = SFTOptions(steps=200, batch=16, lr=1e-3)
 HELD_OUT, SHIFTS, SEEDS = 128, 32, 5
 NEAR, MOST_SEEDS = 0.02, 0.8
@@ -82,7 +82,7 @@ def draw(kind: str, rows: int, pairs: int, facts: Tensor, generator: torch.Gener
     """User's tokens ``(rows, 2·pairs + 1 + ASKED)``, a passage and the keys that are asked, and the answers ``(rows, 2·ASKED)``.
 
     Args:
-        kind: "passage": the passage holds the keys and contradicts ``facts``; "memory": it lacks them; "agree": it tells the same.
+        kind: "passage": the passage holds the keys and contradicts ``facts``, and is right; "ignored": it is not; "memory": it lacks them.
         facts: ``(KEYS,)`` value of each key.
     """
     key = torch.rand(rows, KEYS, generator=generator).argsort(1)
@@ -90,11 +90,11 @@ def draw(kind: str, rows: int, pairs: int, facts: Tensor, generator: torch.Gener
     which = torch.rand(rows, pairs, generator=generator).argsort(1)[:, :ASKED]
     if kind == "memory":
         which = pairs + torch.arange(ASKED).expand(rows, -1)  # keys beyond the passage
-    if kind != "passage":
-        told.scatter_(1, which, facts[key.gather(1, which)])
     listed = torch.stack([len(SIGNS) + key, len(SIGNS) + KEYS + told], -1)
     passage = listed[:, :pairs].flatten(1)
     answer = listed.gather(1, which[..., None].expand(-1, -1, 2))
+    if kind != "passage":
+        answer[..., 1] = len(SIGNS) + KEYS + facts[key.gather(1, which)]
     question = torch.full((rows, 1), SIGNS.index("?"))
     return torch.cat([passage, question, answer[..., 0]], 1), answer.flatten(1)
 
@@ -198,7 +198,7 @@ def one(seed: int) -> dict[str, Any]:
     models = {"plain": tuned(chats)}
     marks = mark(*models["plain"], chats)
     scores = [found[1] for found in marks.scores]
-    beta = sorted(scores)[-sum(kind != "memory" for kind, _ in told) - 1]
+    beta = sorted(scores)[-sum(kind == "passage" for kind, _ in told) - 1]  # as many marks as there should be
     by_score = [marked(chat, found, beta=beta) for chat, found in zip(chats, marks.scores, strict=True)]
     models["indicator"] = tuned(by_score)
     models["random"] = tuned(shuffled_marks(marks, chats, beta=beta, seed=seed).conversations)
@@ -230,20 +230,29 @@ def one(seed: int) -> dict[str, Any]:
 def judge(runs: Sequence[dict[str, Any]]) -> tuple[str, dict[str, int]]:
     """The verdict and in how many seeds each part of the criterion is met.
 
-    Besides the sheet's three parts the indicator has to beat random marks: otherwise its gain is not the score's.
+    Reproduced: all parts of the sheet's criterion, and the recipe's marks beat random ones, otherwise their gain is not the score's. The
+    direction holds where true marks beat plain tuning and random marks: the token works, but the score does not place it.
     """
     table = [run["accuracy"] for run in runs]
-    marks = [row["indicator, with the token"]["context"] for row in table]
+
+    def above(name: str, other: str) -> int:
+        return sum(row[f"{name}, with the token"]["context"] > row[other]["context"] for row in table)
+
     met = {
         "ratio below 1": sum(run["user_mass_ratio"] < 1 for run in runs),
-        "indicator above plain": sum(m > row["plain"]["context"] for m, row in zip(marks, table, strict=True)),
-        "indicator above random marks": sum(m > row["random, with the token"]["context"] for m, row in zip(marks, table, strict=True)),
-        "memory within 2 points": sum(abs(row["indicator"]["memory"] - row["plain"]["memory"]) <= NEAR for row in table),
-    }  # fmt: skip
+        "indicator above plain": above("indicator", "plain"),
+        "indicator above random marks": above("indicator", "random, with the token"),
+        "memory within 2 points": sum(
+            abs(row["indicator"]["memory"] - row["plain"]["memory"]) <= NEAR for row in table
+        ),
+    }
+    true = {
+        "true marks above plain": above("true", "plain"),
+        "true marks above random marks": above("true", "random, with the token"),
+    }
     needed = math.ceil(MOST_SEEDS * len(runs))
-    gained = min(met["indicator above plain"], met["indicator above random marks"]) >= needed
-    all_met = min(met.values()) >= needed
-    return "reproduced" if all_met else "direction holds" if gained else "not reproduced", met
+    verdict = "reproduced" if min(met.values()) >= needed else "direction holds" if min(true.values()) >= needed else "not reproduced"  # fmt: skip
+    return verdict, met | true
 
 
 def measure_indicator(seeds: int = SEEDS, seed: int = 0, out: Path | None = None) -> dict[str, Any]:
@@ -258,13 +267,13 @@ def measure_indicator(seeds: int = SEEDS, seed: int = 0, out: Path | None = None
     def percent(name: str, what: str = "context") -> str:
         return f"{100 * mean[name][what]['mean']:.1f} %"
 
-    found = fmean(1 - run["marked"]["memory"] / max(sum(run["marked"].values()), 1) for run in runs)
+    found = fmean(run["marked"]["passage"] / max(sum(run["marked"].values()), 1) for run in runs)
     numbers = {
         "ours": f"context accuracy plain {percent('plain')}, indicator {percent('indicator, with the token')} (without it {percent('indicator')}), "
         f"random marks {percent('random, with the token')}, true marks {percent('true, with the token')}; "
         f"memory plain {percent('plain', 'memory')}, indicator {percent('indicator', 'memory')}; user mass ratio "
-        f"{fmean(run['user_mass_ratio'] for run in runs):.2f}; {100 * found:.0f} % of the marks stand on passages that hold the answer, of all chats "
-        f"{100 * (1 - SHARES['memory']):.0f} %",
+        f"{fmean(run['user_mass_ratio'] for run in runs):.2f}; {100 * found:.0f} % of the score's marks stand on chats answered from the passage, "
+        f"of all chats {100 * SHARES['passage']:.0f} %",
         "met": met, "needed": math.ceil(MOST_SEEDS * seeds), "mean": mean, "seeds": seeds,
         "parameters": sum(p.numel() for p in decoder(seed).parameters()), "layer": middle_layer(DEPTH),
         "pairs": {"tuning": list(SHORT), "test": LONG}, "chats": CHATS, "shares": SHARES, "tuning_steps": TUNING.steps, "runs": runs,

@@ -42,7 +42,7 @@ from .results import write_result
 MODULUS, MOST = 11, 40
 DEPTH, HEADS, KV_HEADS = 2, 4, 2
 WIDTHS = {"0.3M": 128, "1M": 224, "3M": 384}
-STAGES = ((150, 6), (100, 16), (350, MOST))
+STAGES = ((150, 6), (50, 16), (200, MOST))
 """Curriculum: (steps, longest chain)."""
 TOKENS, RATE = 1280, 0.4
 """Tokens of a batch, and the learning rate times the width."""
