@@ -43,9 +43,11 @@ CHATS, SHORT, LONG = 320, (4, 6), 20
 SHARES = {"passage": 0.2, "ignored": 0.3, "memory": 0.5}
 """Of the chats: answered from a passage that contradicts the facts, from memory against such a passage, from memory where the passage lacks
 the keys."""
-TUNING = SFTOptions(steps=200, batch=16, lr=1e-3)
+TUNING = SFTOptions(steps=500, batch=16, lr=2e-3)
 HELD_OUT, SHIFTS, SEEDS = 128, 32, 5
 NEAR, MOST_SEEDS = 0.02, 0.8
+LEARNED = 0.2
+"""What the token has to add on short passages where marks are true; a seed in which it adds less has not learned it and shows nothing."""
 
 
 class Smeared(nn.Embedding):
@@ -231,7 +233,7 @@ def judge(runs: Sequence[dict[str, Any]]) -> tuple[str, dict[str, int]]:
     """The verdict and in how many seeds each part of the criterion is met.
 
     Reproduced: all parts of the sheet's criterion, and the recipe's marks beat random ones, otherwise their gain is not the score's. The
-    direction holds where true marks beat plain tuning and random marks: the token works, but the score does not place it.
+    direction holds where only the gain over both is there. Neither holds unless the token was learned at all, which true marks tell.
     """
     table = [run["accuracy"] for run in runs]
 
@@ -246,13 +248,14 @@ def judge(runs: Sequence[dict[str, Any]]) -> tuple[str, dict[str, int]]:
             abs(row["indicator"]["memory"] - row["plain"]["memory"]) <= NEAR for row in table
         ),
     }
-    true = {
-        "true marks above plain": above("true", "plain"),
-        "true marks above random marks": above("true", "random, with the token"),
-    }
+    met["token learned from true marks"] = sum(
+        row["true, with the token"]["short context"] >= row["plain"]["short context"] + LEARNED for row in table
+    )
     needed = math.ceil(MOST_SEEDS * len(runs))
-    verdict = "reproduced" if min(met.values()) >= needed else "direction holds" if min(true.values()) >= needed else "not reproduced"  # fmt: skip
-    return verdict, met | true
+    parts = ("indicator above plain", "indicator above random marks", "token learned from true marks")
+    gained = min(met[part] for part in parts) >= needed
+    verdict = "not reproduced" if not gained else "reproduced" if min(met.values()) >= needed else "direction holds"
+    return verdict, met
 
 
 def measure_indicator(seeds: int = SEEDS, seed: int = 0, out: Path | None = None) -> dict[str, Any]:
