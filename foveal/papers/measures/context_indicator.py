@@ -38,12 +38,12 @@ DIM, DEPTH, HEADS = 128, 2, 4
 STAGES = ((200, 6), (60, 12), (80, 20))
 """Pretraining: (steps, most pairs in a passage)."""
 TOKENS, RATE = 2048, 3e-3
-CHATS, SHORT, LONG = 320, (4, 6), 20
-"""Chats to tune on, pairs in their passages, and in those of the test."""
+CHATS, SHORT, LONG = 2000, (4, 6), 20
+"""Chats to tune on (a few hundred are learned by heart), pairs in their passages, and in those of the test."""
 SHARES = {"passage": 0.2, "ignored": 0.3, "memory": 0.5}
 """Of the chats: answered from a passage that contradicts the facts, from memory against such a passage, from memory where the passage lacks
 the keys."""
-TUNING = SFTOptions(steps=500, batch=16, lr=2e-3)
+TUNING = SFTOptions(steps=500, batch=16, lr=1e-3)
 HELD_OUT, SHIFTS, SEEDS = 128, 32, 5
 NEAR, MOST_SEEDS = 0.02, 0.8
 LEARNED = 0.2
