@@ -12,7 +12,8 @@ The first case carries the targets: 64×64 tokens, window 16, stride 8, 8 heads 
 ``flex`` is torch's compiled FlexAttention, forward, on the blocks of the last way; a key list is nothing that it takes.
 
 ``layout_share`` is the time to build the layout over the time of its attention; it is then kept. ``natten`` runs where it can be
-imported: on CPU it has FlexAttention without a compiler and nothing else (its CPU kernels left after 0.17, which had no stride).
+imported (where it does not build, its source distribution unpacked and put on PYTHONPATH is enough): on CPU it has FlexAttention
+without a compiler and nothing else (its CPU kernels left after 0.17, which had no stride).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..patterns.sliding_window import SlidingWindow
 from .gated import GatedAttention
 from .key_values import KeyValues
 from .neural_memory import LayerState, NeuralMemory
-from .titans_base import Combine, Titans, TitansState
+from .titans_base import EPS, Combine, Titans, TitansState
 from .titans_mac import MAC
 
 
@@ -31,7 +31,7 @@ class LMM(Titans):
 
     def __init__(self, dim: int, *, persistent: int = 4, memory: NeuralMemory | None = None) -> None:
         super().__init__(dim, persistent, memory)
-        self.norm = nn.RMSNorm(dim)
+        self.norm = nn.RMSNorm(dim, EPS)
         self.gate, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def forward(

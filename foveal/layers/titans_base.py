@@ -12,13 +12,17 @@ from ..kernels.memory_scan import Weights
 from .key_values import KeyValues
 from .neural_memory import LayerState, NeuralMemory
 
+EPS = torch.finfo(torch.float32).eps
+"""Of the norms of what a memory reads, whatever the dtype: an untrained memory forgets, its reads become as small as that, and torch's
+default would then make float32 and float64 two different layers."""
+
 
 class Combine(nn.Module):
     """``norm₁(y) ⊙ σ(norm₂(m))`` with learned weights; ``(B, N, dim)`` each."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.outer, self.inner = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.outer, self.inner = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
         return self.outer(y) * torch.sigmoid(self.inner(m))
