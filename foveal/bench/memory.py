@@ -68,14 +68,14 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def return_freed_blocks(bytes: int = MIB) -> None:
-    """From now on this process gives blocks of at least so many bytes back to the system when they are freed.
+def return_freed_blocks() -> None:
+    """From now on this process gives blocks of 1 MiB and more back to the system when they are freed.
 
     By itself glibc raises that limit up to 32 MiB and keeps what is smaller, so that a peak of resident memory depends on what ran
     before. Each such block is then mapped anew, which costs time. Other C libraries are left as they are.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, bytes)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)
 
 
 def _resident() -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from ..core.errors import ConfigError, DataError
 
 LossOf = Callable[[int, torch.Generator], Tensor]
 """``(step, generator) → loss``; the generator depends on seed and step alone."""
+
+
+def stage_at(step: int, lengths: Sequence[int]) -> int:
+    """Which part of a curriculum ``step`` belongs to, of parts with so many steps each; the last one has no end."""
+    return min(bisect_right(list(accumulate(lengths)), step), len(lengths) - 1)
 
 
 def fit(

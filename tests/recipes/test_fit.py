@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.core.errors import ConfigError, DataError
-from foveal.recipes.fit import fit, step_generator
+from foveal.recipes.fit import fit, stage_at, step_generator
 
 
 def make() -> nn.Module:
@@ -78,3 +78,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 def test_generators_differ_by_step_and_seed():
     drawn = {float(torch.rand((), generator=step_generator(seed, step))) for seed in range(3) for step in range(5)}
     assert len(drawn) == 15
+
+
+def test_a_step_belongs_to_one_part_of_a_curriculum_and_the_last_has_no_end():
+    assert [stage_at(step, [2, 1, 3]) for step in (0, 1, 2, 3, 5, 6, 99)] == [0, 0, 1, 2, 2, 2, 2]

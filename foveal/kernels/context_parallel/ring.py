@@ -80,17 +80,12 @@ class _Sum:
         call = self.run.call(seen, self.q, k, v)
         with self.run.mesh.meter.computing(self.run.pairs(seen, self.q)):
             out, lse = local.forward(call, local.chosen(self.run.impl, call))
-            out, lse, rows = out.to(self.dtype), lse.to(self.dtype), seen.rows
-            if (
-                self.found is None and seen.base.q_len == self.shape[2]
-            ):  # the first part, of all rows: nothing to merge with
-                self.found = out, lse
+            part = out.to(self.dtype), lse.to(self.dtype)
+            if self.found is None and seen.base.q_len == self.shape[2]:  # of all rows: nothing to merge with, no copy
+                self.found = part
                 return
-            first = self.found is None
-            whole, total = self.result()
-            if not first:
-                out, lse = merge([whole[:, :, rows], out], [total[:, :, rows], lse])
-            whole[:, :, rows], total[:, :, rows] = out, lse
+            whole, total = (x[:, :, seen.rows] for x in self.result())
+            whole[:], total[:] = merge([whole, part[0]], [total, part[1]])
 
     def result(self) -> Pair:
         """Both, as they are now: zero and −inf before any part."""
@@ -113,9 +108,7 @@ class _Slopes:
         """What this rank adds to the gradients of ``k`` and ``v``."""
         seen = self.run.seen(source)
         if seen is None:
-            return torch.zeros(k.shape, dtype=self.dtype, device=k.device), torch.zeros(
-                v.shape, dtype=self.dtype, device=v.device
-            )
+            return self._zeros(k), self._zeros(v)
         call = self.run.call(seen, self.q, k, v)
         rows, keys = seen.rows, seen.keys
         with self.run.mesh.meter.computing():
@@ -133,14 +126,17 @@ class _Slopes:
         """The gradient of all keys from that of some."""
         if part.shape[2] == of.shape[2]:
             return part.to(self.dtype)
-        whole = torch.zeros(of.shape, dtype=self.dtype, device=of.device)
+        whole = self._zeros(of)
         whole[:, :, keys] = part.to(self.dtype)
         return whole
+
+    def _zeros(self, of: Tensor) -> Tensor:
+        return torch.zeros(of.shape, dtype=self.dtype, device=of.device)
 
     def dq(self) -> Tensor:
         """The gradient of q so far."""
         if self.found is None:
-            self.found = torch.zeros(self.q.shape, dtype=self.dtype, device=self.q.device)
+            self.found = self._zeros(self.q)
         return self.found
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ...core.base_mask import BaseMask
@@ -51,13 +50,11 @@ def measure_speed(
         ctx = SelectContext(BaseMask.build(length, length, causal=False, device=device))
         discs = {radius: Disc(radius, (side, side), text, tile) for radius in radii}
         jobs: dict[str, Callable[[], Any]] = {"dense": partial(sdpa, q, k, v)}
-        jobs |= {f"r = {radius}": partial(_near, disc, q, k, v, ctx) for radius, disc in discs.items()}
+        jobs |= {f"r = {radius}": partial(attend, disc, q, k, v, ctx) for radius, disc in discs.items()}
         rows[side] = gpu.timed(jobs, repeats, device)
         rows[side]["pairs"] = {f"r = {r}": round(disc_pairs((side, side), text, r) / length**2, 4) for r in radii}
         if side == min(sides):
-            with torch.no_grad():
-                near = _near(discs[judged], q, k, v, ctx)
-            difference = gpu.error(near, q, k, v, discs[judged].select(q, k, ctx)[0], ctx.base, heads=1)
+            difference = gpu.pattern_error(discs[judged], q, k, v, ctx, heads=1)
     name = f"r = {judged}"
     (small, large), ratio = sides[-2:], {side: rows[side]["ratio"][name] for side in sides}
     growth = {job: rows[large]["ms"][job] / rows[small]["ms"][job] for job in ("dense", name)}
@@ -78,7 +75,3 @@ def measure_speed(
     }
     decided = gpu.verdict(fast and linear, direction, difference=difference, dtype=dtype)
     return write_result("clear", "speed-8k", decided, numbers, seed=0, out=out)
-
-
-def _near(disc: Disc, q: Tensor, k: Tensor, v: Tensor, ctx: SelectContext) -> Tensor:
-    return attend(disc, q, k, v, ctx)[0]

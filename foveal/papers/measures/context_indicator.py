@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from ...bench.results import rounded
 from ...lens.context import BETA, marked, middle_layer, template_shift
 from ...recipes.conditional_sft import SFTOptions, add_indicator, asked, conditional_sft, mark, shuffled_marks
-from ...recipes.fit import fit
+from ...recipes.fit import fit, stage_at
 from .command import run_measures
 from .results import summary, write_result
 
@@ -122,13 +122,10 @@ def decoder(seed: int) -> PreTrainedModel:
 
 def pretrained(seed: int, facts: Tensor) -> PreTrainedModel:
     """A decoder that knows ``facts`` and reads passages; without any template."""
-    model = decoder(seed)
+    model, lengths = decoder(seed), [steps for steps, _ in STAGES]
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        for steps, most in STAGES:  # noqa: B007 - the last stage has no end
-            if step < steps:
-                break
-            step -= steps
+        most = STAGES[stage_at(step, lengths)][1]
         pairs = int(torch.randint(ASKED, most + 1, (1,), generator=generator))
         rows = max(1, TOKENS // (2 * pairs + 3 * ASKED + 2) // 2)
         parts = [draw(kind, rows, pairs, facts, generator) for kind in ("passage", "memory")]
@@ -136,7 +133,7 @@ def pretrained(seed: int, facts: Tensor) -> PreTrainedModel:
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -2 * ASKED :]
         return cross_entropy(logits.transpose(1, 2), ids[:, -2 * ASKED :])
 
-    fit(model, loss, sum(steps for steps, _ in STAGES), lr=RATE, seed=seed)
+    fit(model, loss, sum(lengths), lr=RATE, seed=seed)
     return model
 
 

@@ -27,7 +27,6 @@ from ...patterns import Pattern
 from ...patterns.dense import Dense
 from ...patterns.flux import prompt_spans
 from ...patterns.flux_router import Routers, load_routers, pooled_queries
-from ...patterns.operator import attend
 from ...patterns.presets import FLUX
 from ...policies import Policy, Rule
 from . import gpu
@@ -78,9 +77,7 @@ def measure_prefill(
         worst, rows[str(length)] = max(worst, *map(abs, off.values())), row
     q, k, v = gpu.drawn(heads, checked, dim // heads, device, dtype)
     ctx = SelectContext(BaseMask.build(checked, checked, causal=True, device=device))
-    with torch.no_grad():
-        near = attend(sparse, q, k, v, ctx)[0]
-    difference = gpu.error(near, q, k, v, sparse.select(q, k, ctx)[0], ctx.base, heads=1)
+    difference = gpu.pattern_error(sparse, q, k, v, ctx, heads=1)
     best = max(row["times_faster"] for row in rows.values())
     numbers = {
         "ours": f"all layers sparse {best:.2f}× at best; at most {100 * worst:.0f} % off the line between none and all",
@@ -99,9 +96,7 @@ def _decoding(
     """The model, and the largest difference of a sparse layer from dense attention under the same mask."""
     model = Decoding(dim, depth, heads, kv_heads, batch, length, device, dtype)
     cache, ctx = model.cache(0), SelectContext(BaseMask.build(1, length, causal=True, device=device))
-    with torch.no_grad():
-        near = attend(sparse, model.q, *cache, ctx)[0]
-    return model, gpu.error(near, model.q, *cache, sparse.select(model.q, cache[0], ctx)[0], ctx.base)
+    return model, gpu.pattern_error(sparse, model.q, *cache, ctx)
 
 
 def measure_decode(

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from ...bench.results import rounded
 from ...bench.timing import interleaved, speedups
 from ...core.base_mask import BaseMask
+from ...core.context import SelectContext, State
 from ...core.layouts import Layout
 from ...kernels.call import AttentionCall
 from ...kernels.reference import visible_pairs
+from ...patterns import Pattern
+from ...patterns.operator import attend
 
 DEVICE, DTYPE, REPEATS = "cuda", torch.bfloat16, 10
 CLOSE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}
@@ -44,13 +48,9 @@ def timed(
         seconds = interleaved(jobs, repeats, warmup=warmup, device=device)
     faster = speedups(seconds, baseline)
     return {
-        "ms": {name: _round(1e3 * statistics.median(values)) for name, values in seconds.items()},
-        "ratio": {name: _round(1 / spread.median) for name, spread in faster.items()},
+        "ms": {name: rounded(1e3 * statistics.median(values)) for name, values in seconds.items()},
+        "ratio": {name: rounded(1 / spread.median) for name, spread in faster.items()},
     }
-
-
-def _round(x: float) -> float:
-    return float(f"{x:.4g}")
 
 
 def error(
@@ -71,7 +71,16 @@ def error(
                 keys, values = (t[b : b + 1, h : h + 1].expand(-1, group, -1, -1) for t in (k, v))
                 exact = sdpa(q[own], keys, values, attn_mask=seen[own])
                 worst.append((out[own].float() - exact.float()).abs().max())
-    return float(f"{float(torch.stack(worst).max()):.3g}")
+    return float(rounded(float(torch.stack(worst).max()), 3))
+
+
+def pattern_error(
+    pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, ctx: SelectContext, state: State = None, heads: int | None = None
+) -> float:
+    """:func:`error` of what a pattern makes of q, k and v, against the mask that it chooses."""
+    with torch.no_grad():
+        near, layout = attend(pattern, q, k, v, ctx, state)[0], pattern.select(q, k, ctx, state)[0]
+    return error(near, q, k, v, layout, ctx.base, heads)
 
 
 def verdict(reproduced: bool, direction: bool, *, difference: float = 0.0, dtype: torch.dtype = DTYPE) -> str:

@@ -15,7 +15,6 @@ import torch
 from ...core.base_mask import BaseMask
 from ...core.budget import Budget
 from ...core.context import SelectContext
-from ...patterns.operator import attend
 from ...patterns.topk import BlockTopK
 from ...policies.hylra import budgets, uniform_plan
 from . import gpu
@@ -63,9 +62,7 @@ def measure_throughput(
     fewer = depth * length / sum(keys)
     faster, gain = 1 / attention["ratio"]["hylra"], 1 / steps["ratio"]["hylra"]
     cache, ctx = model.cache(0), SelectContext(BaseMask.build(1, length, causal=True, device=device))
-    with torch.no_grad():
-        near, layout = attend(choose, model.q, *cache, ctx)[0], choose.select(model.q, cache[0], ctx)[0]
-    difference = gpu.error(near, model.q, *cache, layout, ctx.base)
+    difference = gpu.pattern_error(choose, model.q, *cache, ctx)
     numbers = {
         "ours": f"attention {faster:.2f}× faster with {fewer:.2f}× fewer keys, whole steps {gain:.2f}×",
         "criterion": {"attention": round(SHARE * fewer, 4), "steps": GAIN},

@@ -35,7 +35,7 @@ from ...policies.kinetics_allocation import (
     log_spaced,
     oracle_accuracy,
 )
-from ...recipes.fit import fit
+from ...recipes.fit import fit, stage_at
 from .command import run_measures
 from .results import write_result
 
@@ -75,18 +75,16 @@ def trained(name: str, seed: int) -> tuple[DecoderLM, ModelShape]:
     model = DecoderLM(
         vocabulary(MODULUS, MOST), width, DEPTH, HEADS, KV_HEADS, attention=shifted_factory(width, HEADS, KV_HEADS), seed=seed
     )  # fmt: skip
+    lengths = [steps for steps, _ in STAGES]
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        for steps, longest in STAGES:  # noqa: B007 - the last stage has no end
-            if step < steps:
-                break
-            step -= steps
+        longest = STAGES[stage_at(step, lengths)][1]
         length = int(torch.randint(max(1, longest // 2), longest + 1, (1,), generator=generator))
         rows = max(1, TOKENS // ((2 + LINE) * length + 2))
         task = chains(rows, length, generator, modulus=MODULUS, most=MOST)
         return model.loss(task.ids, task.answer)
 
-    fit(model, loss, sum(steps for steps, _ in STAGES), lr=RATE / width, seed=seed)
+    fit(model, loss, sum(lengths), lr=RATE / width, seed=seed)
     parameters = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
     return model, ModelShape(name, parameters, DEPTH, HEADS, KV_HEADS, width // HEADS)
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ...data.synthetic import Task, key_values, key_values_vocabulary
 from ...models import DecoderLM, DiffusionLM, shifted_factory
-from ...recipes.fit import fit
+from ...recipes.fit import fit, stage_at
 
 DIM, DEPTH, HEADS = 128, 4, 4
 LENGTH, ANSWER = 512, 64
@@ -52,11 +52,7 @@ def batch(stage: Stage, generator: torch.Generator) -> Task:
 
 def stage_of(step: int, stages: tuple[Stage, ...]) -> Stage:
     """The stage that a step belongs to."""
-    for stage in stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    return stages[-1]
+    return stages[stage_at(step, [stage.steps for stage in stages])]
 
 
 @functools.lru_cache(maxsize=8)

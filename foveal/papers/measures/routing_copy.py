@@ -19,7 +19,7 @@ from ...layers.routing import Routed, RoutingAttention
 from ...models import DecoderLM, Pass, SelfAttention, Shifted
 from ...patterns import Pattern
 from ...patterns.sliding_window import SlidingWindow
-from ...recipes.fit import fit
+from ...recipes.fit import fit, stage_at
 from .results import summary, write_result
 
 DIM, DEPTH, HEADS, LOCAL_HEADS = 64, 2, 4, 2
@@ -67,13 +67,8 @@ def plain(seed: int) -> DecoderLM:
 def text(step: int, generator: torch.Generator) -> Mixed:
     """The batch of a training step."""
     table = transitions(CHAIN, 4, seed=0)
-    for steps, length, pairs, gap, tokens in STAGES:
-        if step < steps or (steps, length) == STAGES[-1][:2]:
-            return distant_values(
-                tokens // length, length, pairs, gap, generator, table=table, keys=KEYS, values=VALUES
-            )
-        step -= steps
-    raise AssertionError("the last stage has no end")
+    _, length, pairs, gap, tokens = STAGES[stage_at(step, [stage[0] for stage in STAGES])]
+    return distant_values(tokens // length, length, pairs, gap, generator, table=table, keys=KEYS, values=VALUES)
 
 
 def losses(

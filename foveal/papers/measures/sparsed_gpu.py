@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...bench.results import rounded
 from ...core.base_mask import BaseMask
 from ...core.context import SelectContext, State
 from ...models import DiffusionLM
-from ...patterns.operator import attend
 from ...patterns.sparsed import SparseD
 from . import gpu
 from .results import write_result
@@ -130,7 +130,7 @@ def generations(
     return {
         "step": row["ratio"]["sparse"],
         "generation": found["ratio"]["sparse"],
-        "predicted": float(f"{predicted:.4g}"),
+        "predicted": rounded(predicted),
         "ms_of_a_step": ms,
         "ms_of_making_the_mask": making,
         "ms_of_a_generation": found["ms"],
@@ -149,6 +149,4 @@ def _step(
 def _difference(method: SparseD, length: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> float:
     q, k, v = gpu.drawn(heads, length, head_dim, device, dtype)
     ctx = SelectContext(BaseMask.build(length, length, causal=False, device=device))
-    with torch.no_grad():
-        near = attend(method, q, k, v, ctx)[0]
-    return gpu.error(near, q, k, v, method.select(q, k, ctx)[0], ctx.base)
+    return gpu.pattern_error(method, q, k, v, ctx)
