@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from ..core.base_mask import BaseMask
 from ..core.layouts import BlockMask, Layout, narrow
@@ -29,6 +28,5 @@ def flex_job(
     if layout is not None and not isinstance(layout, BlockMask):
         return None, f"FlexAttention takes a BlockMask; this layout is {type(layout).__name__}"
     joint = narrow(layout, base, transpose=False)
-    compiled = torch.compile(flex_attention, dynamic=False)
     many = q.shape[1] != k.shape[1]
-    return lambda: compiled(q, k, v, block_mask=joint, enable_gqa=many), f"compiled by torch {torch.__version__}"
+    return lambda: flex.compiled(q, k, v, block_mask=joint, enable_gqa=many), f"compiled by torch {torch.__version__}"

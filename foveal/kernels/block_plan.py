@@ -23,6 +23,8 @@ from .rows import Batch, Plan, split_rows
 DENSE_BLOCK = 128
 TABLE_KEYS = 4096
 """Keys in cut tiles kept evaluated, per tile row of the call; beyond that they are evaluated batch by batch."""
+PENALTIES = 1 << 22
+"""Pairs of distinct cut tiles that are kept as float32 penalties; beyond that as bool, a quarter of the memory, slower to apply."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +35,8 @@ class _Cut:
         mod: the condition.
         active: ``(B or 1, H or 1, nqb, nkb)`` bool, the tiles in which the condition decides.
         reads_head: whether it may depend on the query head.
-        table: ``(T + 1, q_block, kv_block)`` bool of distinct tiles, True hides; the last entry hides nothing. None when the
-            tiles are too many to keep: they are evaluated batch by batch.
+        table: ``(T + 1, q_block, kv_block)`` of distinct tiles, −inf (float32) or True (bool) hides; one entry hides nothing. None
+            when the tiles are too many to keep: they are evaluated batch by batch.
         slot: ``(B or 1, H or 1, nqb, nkb)`` int32 index into ``table``.
     """
 
@@ -179,7 +181,27 @@ def _cut(
     for part in torch.arange(total, device=active.device).split(max(1, (1 << 20) // (size[0] * size[1]))):
         b, h, u, t = (i[:, None, None] for i in where[part].unbind(-1))
         table[part] = _hidden(call.base, mod, b, h, u, t, size)
-    return _Cut(mod, active, reads_head, table, torch.where(active, number, total))
+    table, same = _distinct(table)
+    if table.numel() <= PENALTIES:
+        table = torch.zeros(table.shape, device=table.device).masked_fill_(table, -torch.inf)
+    return _Cut(mod, active, reads_head, table, same[torch.where(active, number, total)])
+
+
+def _distinct(table: Tensor) -> tuple[Tensor, Tensor]:
+    """``(T, q_block, kv_block)`` bool without repeated tiles, and the int64 entry of every former one."""
+    flat = table.flatten(1)
+    same = torch.arange(table.shape[0], device=table.device)
+    if flat.shape[1] % 8:
+        return table, same
+    words = flat.view(torch.int64)
+    weights = torch.randint(1 << 62, (words.shape[1],), generator=torch.Generator().manual_seed(0)).to(words.device) | 1
+    _, entry = torch.unique(words.mul(weights).sum(1), return_inverse=True)
+    first = torch.full((int(entry.max()) + 1,), table.shape[0], device=table.device).scatter_reduce(
+        0, entry, same, "amin"
+    )
+    if bool((words[first[entry]] == words).all()):
+        return table[first], entry
+    return table, same  # two tiles share a sum
 
 
 def _hidden(
@@ -209,12 +231,19 @@ def _hide(call: AttentionCall, tiles: _Tiles, b: Tensor, head: Tensor, u: Tensor
         )  # G > 1 only when all query heads of the row have the same tiles
         where = of[where_b, heads if of.shape[1] > 1 else torch.zeros_like(heads), u, t]
         if cut.table is not None:
-            part = cut.table[where]
+            part = cut.table.index_select(0, where.flatten()).unflatten(0, where.shape)
         else:
             one_b, one_h, one_u, one_t = (i[..., None, None] for i in (b, heads, u, t))
             part = _hidden(call.base, cut.mod, one_b, one_h, one_u, one_t, tiles.size) & where[..., None, None]
-        hidden = part if hidden is None else hidden | part
+        hidden = part if hidden is None else _either(hidden, part)
     return None if hidden is None else hidden.transpose(2, 3)
+
+
+def _either(a: Tensor, b: Tensor) -> Tensor:
+    """Hidden by one or the other; each bool (True hides) or penalties (−inf hides)."""
+    if a.dtype == b.dtype and a.dtype != torch.bool:
+        return a + b
+    return (a != 0) | (b != 0)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -233,6 +262,7 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
     k_first = (b * kv_heads + (h if tiles.shared else torch.div(h, group, rounding_mode="floor"))) * nkb
     for whole, cut, start, end in tiles.runs:
         count = whole + cut
+        k_rows = k_first[start:end, None] + tiles.order[start:end, :count]
         for part in split_rows(end - start, per_row * q_block * count * kv_block, budget):
             at = slice(start + part.start, start + part.stop)
             index = tiles.order[at, :count]
@@ -247,4 +277,4 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
                 k_pos = (index[:, :, None] * kv_block + torch.arange(kv_block, device=device))[:, None, None]
                 column = relative_index(call, q_pos, k_pos) + head[at, :, None, None, None] * call.bias.shape[1]
                 bias = column.reshape(index.shape[0], per_row * q_block, -1)
-            yield Batch(q_rows[at], k_first[at, None] + index, hide, bias)
+            yield Batch(q_rows[at], k_rows[part], hide, bias)

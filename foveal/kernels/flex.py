@@ -93,26 +93,27 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex.flex_attention, dynamic=False)
 
 
+def compiled(*args: Any, **kwargs: Any) -> Any:
+    """``flex_attention``, compiled for up to ``COMPILATIONS`` shapes and masks."""
+    if torch.compiler.is_compiling():  # inside a model that is compiled as a whole
+        return _compiled()(*args, **kwargs)
+    from torch._dynamo import config as dynamo  # slow to import, and loaded by torch.compile in any case
+
+    with dynamo.patch(recompile_limit=COMPILATIONS, accumulated_recompile_limit=4 * COMPILATIONS):
+        return _compiled()(*args, **kwargs)
+
+
 def _call(call: AttentionCall, score_mod: Any, mask: BlockMask) -> tuple[Tensor, Tensor | None]:
     kwargs = {"score_mod": score_mod, "block_mask": mask, "scale": call.scale, "enable_gqa": call.groups > 1}
     if call.q.device.type == "cuda":
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
         kwargs["kernel_options"] = kernel_options(call.base.q_len, mask.BLOCK_SIZE, head_dim, call.q.dtype)
-    if torch.compiler.is_compiling():  # inside a model that is compiled as a whole
-        return _run(call, kwargs)
-    from torch._dynamo import config as dynamo  # slow to import, and loaded by torch.compile in any case
-
-    with dynamo.patch(recompile_limit=COMPILATIONS, accumulated_recompile_limit=4 * COMPILATIONS):
-        return _run(call, kwargs)
-
-
-def _run(call: AttentionCall, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if not call.return_lse:
-        return _compiled()(call.q, call.k, call.v, **kwargs), None
+        return compiled(call.q, call.k, call.v, **kwargs), None
     if hasattr(flex, "AuxRequest"):
-        out, aux = _compiled()(call.q, call.k, call.v, return_aux=flex.AuxRequest(lse=True), **kwargs)
+        out, aux = compiled(call.q, call.k, call.v, return_aux=flex.AuxRequest(lse=True), **kwargs)
         return out, aux.lse
-    return _compiled()(call.q, call.k, call.v, return_lse=True, **kwargs)
+    return compiled(call.q, call.k, call.v, return_lse=True, **kwargs)
 
 
 def score_mod(call: AttentionCall) -> Any:

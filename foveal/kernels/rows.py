@@ -35,7 +35,7 @@ class Batch:
         q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is written by at most one attention, unless the
             plan repeats rows.
         k_rows: ``(R, L/k_unit)`` int64 row units of the flattened k and v.
-        hide: None, or ``(first_column, mask)``, True hides: ``mask`` is ``(R, G or 1, M/G, *columns)`` where the sizes of
+        hide: None, or ``(first_column, mask)``, True (bool) or −inf (float penalties) hides: ``mask`` is ``(R, G or 1, M/G, *columns)`` where the sizes of
             ``columns`` multiply to ``L − first_column`` and consecutive rows are split into G equal parts.
         bias: None, or ``(R, M, L)`` indices into the flattened bias table.
     """
@@ -164,7 +164,11 @@ def logits(
     if batch.hide is not None:
         first, mask = batch.hide
         part = s.view(s.shape[0], -1, mask.shape[2], s.shape[2])[..., first:]
-        part.unflatten(-1, mask.shape[3:]).masked_fill_(mask, -torch.inf)
+        part = part.unflatten(-1, mask.shape[3:])
+        if mask.dtype == torch.bool:
+            part.masked_fill_(mask, -torch.inf)
+        else:
+            part.add_(mask)
     return s, tanh
 
 

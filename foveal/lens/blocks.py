@@ -18,12 +18,14 @@ from torch import Tensor
 from ..core.base_mask import BaseMask
 from ..kernels.call import AttentionCall, compute_dtype, relative_index
 from ..kernels.native import unavailable
-from ..kernels.native.rows import RowFacts, softmax_rows_
+from ..kernels.native.rows import Products, pack_keys, softmax_rows_
 from .kept import Kept
 from .scores import LOWEST
 
-CPU_BLOCK = 1 << 20
+CPU_BLOCK = 3 << 20
 GPU_BLOCK = 1 << 26
+ROUND_ROWS = 64
+"""Blocks that are not smaller end at a multiple of this many rows."""
 
 
 class Span(NamedTuple):
@@ -45,6 +47,7 @@ class Block:
         own: ``(R,)`` key index of every row. position: ``(K,)`` key indices. real: ``(R,)`` bool, False on padding.
         weights: ``(G, R, K)`` attention weights, 0 in rows that are not real. They sum to 1, or less beside a learned sink.
         top, offset: ``(G, R)``: ``log w = logit − top − offset``. spread: ``(G, R)`` sums of weight times ``logit − top``.
+        away: ``(G, R)`` sums of weight times distance, and sums: ``(G, K)`` of the weights over rows, where the softmax gave them.
         on_keys: ``(G, R)`` what they sum to; 1 in rows that see nothing, so that one may divide by it.
         policy: what the layer's policy kept, or None when nothing selects.
     """
@@ -62,6 +65,8 @@ class Block:
     offset: Tensor
     on_keys: Tensor
     spread: Tensor
+    away: Tensor | None
+    sums: Tensor | None
     policy: Kept | None
     span: Span
     only_kept: bool
@@ -87,7 +92,17 @@ class Block:
     @functools.cached_property
     def received(self) -> Tensor:
         """``(G, K)`` sums over all rows."""
-        return self.weights.sum(1)
+        return self.weights.sum(1) if self.sums is None else self.sums
+
+    @functools.cached_property
+    def distance(self) -> Tensor:
+        """``(G, R)`` sums of weights times tokens from row to key, either way."""
+        if self.away is not None:
+            return self.away
+        if not self.call.base.causal:
+            return torch.linalg.vecdot(self.weights, self.between.abs().to(self.weights.dtype)[None])
+        from_first = self.dot((self.first - self.position).to(self.weights.dtype))  # so that small distances stay exact
+        return from_first + (self.own - self.first) * self.on_keys * self.real
 
     @property
     def first(self) -> int:
@@ -100,7 +115,7 @@ class Block:
         return self.rows.stop - 1 + self.call.base.shift
 
     @functools.cached_property
-    def away(self) -> Tensor:
+    def between(self) -> Tensor:
         """``(R, K)`` int64 tokens from key to row; on keys of the future negative. Small blocks and tails only."""
         return self.own[:, None] - self.position
 
@@ -126,10 +141,17 @@ def blocks(
     """
     call = call.replace(q=call.q.detach(), k=call.k.detach())
     scratch = torch.empty(0, dtype=compute_dtype(call.q.dtype), device=call.q.device)
+    plain = call.softcap is None and call.bias is None and call.base.predicate is None and call.base.valid is None
+    pack = _native(call) and plain and not (only_kept and policy is not None) and call.k.numel() > 0
     for b in range(call.q.shape[0]):
         for kv_head in range(call.k.shape[1]):
+            packed = pack_keys(call.k[b, kv_head]) if pack else None
             for span in _spans(call, b):
-                yield _block(call, sink_logits, b, kv_head, span, policy, only_kept, scratch)
+                yield _block(call, sink_logits, b, kv_head, span, policy, only_kept, scratch, packed)
+
+
+def _native(call: AttentionCall) -> bool:
+    return compute_dtype(call.q.dtype) == torch.float32 and call.q.device.type == "cpu" and unavailable() is None
 
 
 def _spans(call: AttentionCall, b: int) -> list[Span]:
@@ -153,6 +175,10 @@ def _make_spans(base: BaseMask, b: int, most: int) -> Iterator[Span]:
             if end > start and (end + 1 - start) * (wider[1] - wider[0]) > most:
                 break
             (low, high), end = wider, end + 1
+        if end < base.q_len and end - start >= ROUND_ROWS:
+            end -= end % ROUND_ROWS  # cells of rows that probes sum over tend to end here too
+            seen = [n for n in range(start, end) if lows[n] < highs[n]]
+            low, high = min((lows[n] for n in seen), default=base.kv_len), max((highs[n] for n in seen), default=0)
         low, high = (low, high) if low < high else (0, 1)  # rows that see nothing still make a block
         first, last = lo[start:end, None], hi[start:end, None]
         inner = min(max(max(lows[start:end]), low), high), max(min(min(highs[start:end]), high), low)
@@ -183,31 +209,42 @@ def _real_rows(base: BaseMask, b: int) -> Tensor:
 
 def _block(
     call: AttentionCall, sink_logits: Tensor | None, b: int, kv_head: int, span: Span, policy: Kept | None, only_kept: bool,
-    scratch: Tensor | None = None,
+    scratch: Tensor | None = None, packed: Tensor | None = None,
 ) -> Block:  # fmt: skip
+    """``packed``: keys for the native kernel, which then makes the logits too, in ``scratch``'s memory."""
     rows, keys, groups = span.rows, span.keys, call.groups
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
-    native = compute_dtype(call.q.dtype) == torch.float32 and call.q.device.type == "cpu" and unavailable() is None
-    s = _logits(call, b, kv_head, span, policy, only_kept, scratch, ends=not native)
+    native, products = _native(call), None
+    away: Tensor | None = None
+    sums: Tensor | None = None
+    if packed is not None and scratch is not None:
+        q = call.q[b, heads, rows].to(torch.float32) * call.scale
+        products = Products(q, packed, keys.start)
+        width = keys.stop - keys.start
+        s = scratch.resize_(groups * q.shape[1] * width).view(groups, q.shape[1], width)
+    else:
+        s = _logits(call, b, kv_head, span, policy, only_kept, scratch, ends=not native)
     sinks = None if sink_logits is None else sink_logits[heads]
     real = real_rows(call.base, b)[rows]
     if native:
         lo, hi = (x[b % len(x), rows] - keys.start for x in (call.base.lo, call.base.hi))
         if call.base.predicate is not None:  # pairs are hidden one by one
             lo, hi = torch.zeros_like(lo), torch.full_like(hi, s.shape[-1])
-        facts = softmax_rows_(s, lo, torch.where(real, hi, lo), sinks, LOWEST / 2)
-        weights = s
+        weights, own_column = s, rows.start + call.base.shift - keys.start
+        facts = softmax_rows_(s, lo, torch.where(real, hi, lo), sinks, LOWEST / 2, own_column, products)
+        top, total, on_keys, spread, away, sums = facts
     else:
-        weights, facts = _softmax(s, sinks, real)
+        weights, top, total, on_keys, spread = _softmax(s, sinks, real)
     own = torch.arange(rows.start, rows.stop, device=s.device) + call.base.shift
     position = torch.arange(keys.start, keys.stop, device=s.device)
     return Block(
-        call, b, heads, rows, keys, own, position, real, weights, facts.top, facts.total.log(), facts.on_keys, facts.spread, policy, span, only_kept, sink_logits
+        call, b, heads, rows, keys, own, position, real, weights, top, total.log(), on_keys, spread, away, sums, policy, span, only_kept, sink_logits
     )  # fmt: skip
 
 
-def _softmax(s: Tensor, sinks: Tensor | None, real: Tensor) -> tuple[Tensor, RowFacts]:
-    """What :func:`foveal.kernels.native.rows.softmax_rows_` gives, for any type and device; uses ``s`` up."""
+def _softmax(s: Tensor, sinks: Tensor | None, real: Tensor) -> tuple[Tensor, ...]:
+    """Weights, top, total, share on keys and spread as :func:`foveal.kernels.native.rows.softmax_rows_` gives them, for any type and
+    device; uses ``s`` up."""
     top = s.amax(-1, keepdim=True).clamp_(min=LOWEST / 2)  # of a row that sees nothing: its weights become 0
     s.sub_(top)
     weights = torch.exp(s)
@@ -218,7 +255,7 @@ def _softmax(s: Tensor, sinks: Tensor | None, real: Tensor) -> tuple[Tensor, Row
     weights.mul_(torch.where(sees, 1 / total, 0.0)[..., None])
     share = torch.where(sees, on_keys / total, 1.0)
     spread = torch.linalg.vecdot(weights, s)
-    return weights, RowFacts(top[..., 0], torch.where(sees, total, 1.0), share, spread)
+    return weights, top[..., 0], torch.where(sees, total, 1.0), share, spread
 
 
 def _logits(

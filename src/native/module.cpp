@@ -223,11 +223,25 @@ void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tens
   variant.backward(p, g, lock.pool, threads < 1 ? 1 : threads);
 }
 
-// Softmax of rows in place; `facts` is (4, heads, rows): top, total, on_keys, spread.
-void softmax_rows(Address x, long heads, long rows, long width, Address lo, Address hi, Address sink, float hidden, Address facts, int threads) {
-  require(heads > 0 && rows > 0 && width > 0, "a block has at least one head, one row and one key");
+// Keys (count, dim), contiguous float32, packed for softmax_rows.
+void pack_keys(Address keys, long count, long dim, Address to, int threads) {
+  require(count > 0 && dim > 0, "there is at least one key of at least one channel");
+  const Variant& variant = current();
+  nb::gil_scoped_release free;
+  PoolLock lock;
+  variant.pack_keys(at<float>(keys), count, dim, reinterpret_cast<float*>(to), lock.pool, threads < 1 ? 1 : threads);
+}
+
+// Softmax of rows in place; `facts` is (5, heads, rows): top, total, on_keys, spread, away; `sums` is (heads, parts, width).
+void softmax_rows(Address x, Address q, Address keys, long dim, long first, long heads, long rows, long width, Address lo, Address hi,
+                  Address sink, float hidden, long own, Address facts, long each, Address sums, int threads) {
+  require(heads > 0 && rows > 0 && width > 0 && each > 0, "a block has at least one head, one row and one key, and a part at least one row");
   LogitRows r;
   r.x = reinterpret_cast<float*>(x);
+  r.q = at<float>(q);
+  r.keys = at<float>(keys);
+  r.dim = dim;
+  r.first = first;
   r.heads = heads;
   r.rows = rows;
   r.width = width;
@@ -235,11 +249,15 @@ void softmax_rows(Address x, long heads, long rows, long width, Address lo, Addr
   r.hi = at<std::int64_t>(hi);
   r.sink = at<float>(sink);
   r.hidden = hidden;
+  r.own = own;
+  r.each = each;
+  r.sums = reinterpret_cast<float*>(sums);
   float* const to = reinterpret_cast<float*>(facts);
   r.top = to;
   r.total = to + heads * rows;
   r.on_keys = to + 2 * heads * rows;
   r.spread = to + 3 * heads * rows;
+  r.away = to + 4 * heads * rows;
   const Variant& variant = current();
   nb::gil_scoped_release free;
   PoolLock lock;
@@ -273,8 +291,9 @@ NB_MODULE(_native, m) {
   m.def("variant", [] { return std::string(current().name); }, "The one in use.");
   m.def("choose", choose, "Use this one from now on; an empty name means the best.");
   m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
-  m.def("softmax_rows", foveal::softmax_rows, nb::arg("x"), nb::arg("heads"), nb::arg("rows"), nb::arg("width"), nb::arg("lo"), nb::arg("hi"),
-        nb::arg("sink"), nb::arg("hidden"), nb::arg("facts"), nb::arg("threads"));
+  m.def("pack_keys", foveal::pack_keys, nb::arg("keys"), nb::arg("count"), nb::arg("dim"), nb::arg("to"), nb::arg("threads"));
+  m.def("softmax_rows", foveal::softmax_rows, nb::arg("x"), nb::arg("q"), nb::arg("keys"), nb::arg("dim"), nb::arg("first"), nb::arg("heads"),
+        nb::arg("rows"), nb::arg("width"), nb::arg("lo"), nb::arg("hi"), nb::arg("sink"), nb::arg("hidden"), nb::arg("own"), nb::arg("facts"), nb::arg("each"), nb::arg("sums"), nb::arg("threads"));
   m.def("forward", foveal::forward, nb::arg("sizes"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("lse"),
         nb::arg("entropy"), nb::arg("scale"), nb::arg("softcap"), nb::arg("bias").none(), nb::arg("bounds"), nb::arg("valid").none(),
         nb::arg("kinds").none(), nb::arg("slots").none(), nb::arg("lists").none(), nb::arg("groups").none(), nb::arg("threads"));

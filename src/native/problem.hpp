@@ -74,12 +74,19 @@ struct Gradients {
 // Logits (heads, rows, width) that become softmax weights in place; see foveal/kernels/native/rows.py.
 struct LogitRows {
   float* x = nullptr;
+  const float* q = nullptr;     // (heads, rows, dim), scaled: x holds nothing yet, logits are made here; or null
+  const float* keys = nullptr;  // packed by pack_keys; column 0 is key `first`
+  long dim = 0, first = 0;
   long heads = 0, rows = 0, width = 0;
   const std::int64_t *lo = nullptr, *hi = nullptr;  // (rows): row i sees the columns lo[i] <= j < hi[i]; the others become 0
   const float* sink = nullptr;                      // (heads) logits of a key without a column, or null
   float hidden = 0.0f;                              // a row whose largest logit is not above this sees nothing
-  // (heads, rows) each: the largest logit; Σ e^(x − top) and the sink's part; the share of the columns in that; Σ w · (x − top)
-  float *top = nullptr, *total = nullptr, *on_keys = nullptr, *spread = nullptr;
+  long own = 0;                                     // column of row 0's own key; it may lie outside the block
+  // (heads, rows) each: the largest logit; Σ e^(x − top) and the sink's part; the share of the columns in that; Σ w · (x − top);
+  // Σ w · |column − own|
+  float *top = nullptr, *total = nullptr, *on_keys = nullptr, *spread = nullptr, *away = nullptr;
+  long each = 1;          // rows of a part; a part is one thread's
+  float* sums = nullptr;  // (heads, parts, width), zero before: Σ w over the rows of a part
 };
 
 struct LinearProblem;
@@ -92,6 +99,7 @@ struct Variant {
   void (*forward)(const Problem&, Pool&, int threads);
   void (*backward)(const Problem&, const Gradients&, Pool&, int threads);
   void (*softmax_rows)(const LogitRows&, Pool&, int threads);
+  void (*pack_keys)(const float* keys, long count, long dim, float* to, Pool&, int threads);
   void (*linear)(const LinearProblem&, Pool&, int threads);
   double (*peak)(bool pairs, long rounds);
 };

@@ -59,6 +59,6 @@ static void backward(const Problem& p, const Gradients& g, Pool& pool, int threa
 #define FOVEAL_TEXT_OF(x) #x
 #define FOVEAL_TEXT(x) FOVEAL_TEXT_OF(x)
 
-extern const Variant variant{FOVEAL_TEXT(FOVEAL_VARIANT), usable, forward, backward, softmax_rows, linear, peak};
+extern const Variant variant{FOVEAL_TEXT(FOVEAL_VARIANT), usable, forward, backward, softmax_rows, pack_keys, linear, peak};
 
 }  // namespace foveal::FOVEAL_VARIANT

@@ -6,8 +6,25 @@ def variants() -> list[str]: ...
 def variant() -> str: ...
 def choose(name: str) -> None: ...
 def peak(pairs: bool, rounds: int, threads: int) -> float: ...
+def pack_keys(keys: int, count: int, dim: int, to: int, threads: int) -> None: ...
 def softmax_rows(
-    x: int, heads: int, rows: int, width: int, lo: int, hi: int, sink: int, hidden: float, facts: int, threads: int
+    x: int,
+    q: int,
+    keys: int,
+    dim: int,
+    first: int,
+    heads: int,
+    rows: int,
+    width: int,
+    lo: int,
+    hi: int,
+    sink: int,
+    hidden: float,
+    own: int,
+    facts: int,
+    each: int,
+    sums: int,
+    threads: int,
 ) -> None: ...
 def forward(
     sizes: tuple[int, ...],

@@ -62,7 +62,10 @@ class Atlas(Probe):
         top, left = site.start + block.rows.start, site.first_key + block.keys.start
         row_cell = (torch.arange(len(block.own), device=site.device) + top) // size
         first, last = top // size, (top + len(block.own) - 1) // size
-        sums = block.columns(torch.arange(first, last + 1, device=site.device)[:, None] == row_cell)
+        if first == last:  # sums that several probes share
+            sums = block.received[:, None]
+        else:
+            sums = block.columns(torch.arange(first, last + 1, device=site.device)[:, None] == row_cell)
         before = left % size
         sums = (
             torch.nn.functional.pad(sums, (before, -(before + sums.shape[-1]) % size)).unflatten(-1, (-1, size)).sum(-1)

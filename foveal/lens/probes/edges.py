@@ -26,20 +26,25 @@ class Best:
 
     def offer(self, block: Block, site: Site, weights: Tensor, skip: int) -> None:
         """Take what is better from ``(G, R, K′)`` weights of the block's keys from ``skip`` on."""
-        count = self.weight.shape[-1]
-        peak = weights.amax((1, 2))
-        for g in (peak > self.weight[block.b, block.heads, -1]).nonzero().flatten().tolist():
-            head = block.heads.start + g
-            flat = weights[g].reshape(-1)
-            found = flat.topk(min(count, flat.numel()))
-            row, column = found.indices // weights.shape[-1], found.indices % weights.shape[-1]
-            weight = torch.cat([self.weight[block.b, head], found.values])
-            query = torch.cat([self.query[block.b, head], site.start + block.rows.start + row])
-            key = torch.cat([self.key[block.b, head], site.first_key + block.keys.start + skip + column])
-            order = torch.sort(weight, descending=True, stable=True).indices[:count]
-            self.weight[block.b, head], self.query[block.b, head], self.key[block.b, head] = (
-                x[order] for x in (weight, query, key)
-            )
+        for g in range(weights.shape[0]):
+            self.offer_rows(block, site, g, None, weights[g], skip)
+
+    def offer_rows(self, block: Block, site: Site, g: int, rows: Tensor | None, weights: Tensor, skip: int) -> None:
+        """The same for one query head of the block, with ``weights (R′, K′)`` of the rows ``(R′,)`` of the block, or of all."""
+        count, head = self.weight.shape[-1], block.heads.start + g
+        if not weights.numel() or not bool(weights.amax() > self.weight[block.b, head, -1]):
+            return
+        flat = weights.reshape(-1)
+        found = flat.topk(min(count, flat.numel()))
+        row, column = found.indices // weights.shape[-1], found.indices % weights.shape[-1]
+        row = row if rows is None else rows[row]
+        weight = torch.cat([self.weight[block.b, head], found.values])
+        query = torch.cat([self.query[block.b, head], site.start + block.rows.start + row])
+        key = torch.cat([self.key[block.b, head], site.first_key + block.keys.start + skip + column])
+        order = torch.sort(weight, descending=True, stable=True).indices[:count]
+        self.weight[block.b, head], self.query[block.b, head], self.key[block.b, head] = (
+            x[order] for x in (weight, query, key)
+        )
 
     def results(self) -> dict[str, Result]:
         none = self.weight <= 0
@@ -79,15 +84,31 @@ class TopEdges(Probe):
         if skip is None:  # padding and packed documents: sinks are anywhere
             rank = block.call.base.rank
             first = rank[block.b % rank.shape[0], block.keys] < self.sinks
-            hidden = first | (block.away.abs() < self.distance)
+            hidden = first | (block.between.abs() < self.distance)
             state.offer(block, site, block.weights.masked_fill(hidden, 0.0), 0)
             return
         edge = min(max(block.first - self.distance + 1 - block.keys.start, skip), width)
-        if edge > skip:  # far enough from every row of the block
-            state.offer(block, site, block.weights[..., skip:edge], skip)
-        if edge < width:
-            tail = block.weights[..., edge:].masked_fill(block.away[:, edge:].abs() < self.distance, 0.0)
-            state.offer(block, site, tail, edge)
+        most = self._most(block, skip)
+        for g in range(len(most)):
+            better = most[g] > state.weight[block.b, block.heads.start + g, -1]
+            rows = None if bool(better.all()) else better.nonzero()[:, 0]
+            weights = block.weights[g] if rows is None else block.weights[g].index_select(0, rows)
+            # up to `edge` all keys are far enough from every row of the block
+            state.offer_rows(block, site, g, rows, weights[:, skip:edge], skip)
+            if edge < width:
+                own = block.own if rows is None else block.own[rows]
+                near = (own[:, None] - block.position[edge:]).abs() < self.distance
+                tail = weights[:, edge:].masked_fill(near, 0.0)
+                state.offer_rows(block, site, g, rows, tail, edge)
+
+    def _most(self, block: Block, skip: int) -> Tensor:
+        """``(G, R)``: no pair of a row weighs more: its largest weight, or what the keys that are left out leave."""
+        largest = torch.exp(-block.offset)
+        left = block.on_keys - block.weights[..., :skip].sum(-1)
+        own = block.first - block.keys.start
+        if self.distance and skip <= own <= block.weights.shape[-1] - len(block.own):
+            left = left - block.weights.diagonal(own, 1, 2)
+        return (torch.minimum(largest, left) + 1e-5) * block.real
 
     def finish(self, site: Site, state: Best) -> dict[str, Result]:
         return state.results()

@@ -39,7 +39,7 @@ class Influence(KeyProbe):
     def measure(self, block: Block, site: Site) -> tuple[Tensor, int]:
         keys = block.keys
         skipped = max(0, self.start_row - site.first_key - block.first)
-        own, first, last = block.own[skipped:], block.first + skipped, block.last
+        first, last = block.first + skipped, block.last
         if first > last:
             return block.weights.new_zeros(block.weights.shape[0], 0), 0
         # keys up to `whole_end` are inside the horizon of every row, those before `begin` of none
@@ -55,7 +55,7 @@ class Influence(KeyProbe):
             if a >= b:
                 continue
             if cut:
-                sums = (weights[..., a:b] * self._inside(own, block, a, b)).sum(1)
+                sums = self._inside(weights[..., a:b], first - keys.start - a).sum(1)
             elif skipped or b - a < weights.shape[-1] // 2:
                 sums = weights[..., a:b].sum(1)
             else:  # nearly all of the block: sums that several probes share
@@ -63,10 +63,10 @@ class Influence(KeyProbe):
             out[:, a - begin : b - begin] = sums
         return out, begin
 
-    def _inside(self, own: Tensor, block: Block, a: int, b: int) -> Tensor:
-        away = own[:, None] - block.position[a:b]
-        ok = away >= self.near
-        return ok if self.far is None else ok & (away <= self.far)
+    def _inside(self, weights: Tensor, ahead: int) -> Tensor:
+        """Weights ``(G, R, K′)`` with 0 outside the horizon; the first row's own key is ``ahead`` keys after the first key."""
+        near = weights.tril(ahead - self.near)
+        return near if self.far is None else near.triu(ahead - self.far)
 
     def scale(self, site: Site) -> Tensor:
         """One over the number of rows in the horizon that are real."""

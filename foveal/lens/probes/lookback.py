@@ -27,14 +27,14 @@ class LookBack(RowProbe):
         whole("skip", self.skip, 0)
 
     def measure(self, block: Block, site: Site) -> Tensor:
-        base, dtype = block.call.base, block.weights.dtype
         mass = block.on_keys * block.real
-        keep = torch.ones_like(block.position, dtype=dtype)
-        if self.skip:
-            keep = (base.rank[block.b % base.rank.shape[0], block.keys] >= self.skip).to(dtype)
-            mass = block.dot(keep)
+        if not self.skip:
+            return block.distance / mass.clamp(min=1e-30)
+        base, dtype = block.call.base, block.weights.dtype
+        keep = (base.rank[block.b % base.rank.shape[0], block.keys] >= self.skip).to(dtype)
+        mass = block.dot(keep)
         if base.causal:  # counted from the block's first row, so that small distances stay exact
             total = block.dot((block.first - block.position).to(dtype) * keep) + (block.own - block.first) * mass
         else:
-            total = torch.linalg.vecdot(block.weights, (block.away.abs() * keep)[None])
+            total = torch.linalg.vecdot(block.weights, (block.between.abs() * keep)[None])
         return total / mass.clamp(min=1e-30)

@@ -112,9 +112,14 @@ def test_equals_the_definition(case: str, host: str, height: int, monkeypatch: p
     check(probe, define(dense(HOSTS[host], given)), HOSTS[host], torch.float64, 1e-11)
 
 
+@pytest.mark.parametrize(
+    "host",
+    [Host(rows=700, heads=6, kv_heads=2), Host({"causal": True, "window": 90}, heads=6, rows=300)],
+    ids=["causal", "window"],
+)
 @pytest.mark.parametrize("case", CASES)
-def test_float32_is_exact_to_1e5(case: str) -> None:
-    host = Host(rows=700, heads=6, kv_heads=2)
+def test_float32_is_exact_to_1e5(case: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 1 << 15)  # many blocks, which do not begin at key 0 under the window
     probe, define = CASES[case]
     given = tensors(host, torch.float32)
     check(probe, define(dense(host, given)), host, torch.float32, 1e-5)
