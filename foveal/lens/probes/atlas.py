@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,12 +61,13 @@ class Atlas(Probe):
     def see(self, block: Block, site: Site, state: Picture) -> None:
         size = state.size
         top, left = site.start + block.rows.start, site.first_key + block.keys.start
-        row_cell = (torch.arange(len(block.own), device=site.device) + top) // size
-        first, last = top // size, (top + len(block.own) - 1) // size
-        if first == last:  # sums that several probes share
-            sums = block.received[:, None]
-        else:
-            sums = block.columns(torch.arange(first, last + 1, device=site.device)[:, None] == row_cell)
+        rows = len(block.own)
+        first, last = top // size, (top + rows - 1) // size
+        cuts = [0, *((cell + 1) * size - top for cell in range(first, last)), rows]
+        parts = (
+            [block.weights[:, a:b].sum(1) for a, b in itertools.pairwise(cuts)] if last > first else [block.received]
+        )
+        sums = torch.stack(parts, 1)
         before = left % size
         sums = (
             torch.nn.functional.pad(sums, (before, -(before + sums.shape[-1]) % size)).unflatten(-1, (-1, size)).sum(-1)

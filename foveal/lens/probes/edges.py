@@ -32,11 +32,15 @@ class Best:
     def offer_rows(self, block: Block, site: Site, g: int, rows: Tensor | None, weights: Tensor, skip: int) -> None:
         """The same for one query head of the block, with ``weights (R′, K′)`` of the rows ``(R′,)`` of the block, or of all."""
         count, head = self.weight.shape[-1], block.heads.start + g
-        if not weights.numel() or not bool(weights.amax() > self.weight[block.b, head, -1]):
+        if not weights.numel():
             return
-        flat = weights.reshape(-1)
+        tops = weights.amax(1)
+        if not bool(tops.max() > self.weight[block.b, head, -1]):
+            return
+        best = tops.topk(min(count, len(tops))).indices  # the largest weights are in the rows whose largest are
+        flat = weights.index_select(0, best).reshape(-1)
         found = flat.topk(min(count, flat.numel()))
-        row, column = found.indices // weights.shape[-1], found.indices % weights.shape[-1]
+        row, column = best[found.indices // weights.shape[-1]], found.indices % weights.shape[-1]
         row = row if rows is None else rows[row]
         weight = torch.cat([self.weight[block.b, head], found.values])
         query = torch.cat([self.query[block.b, head], site.start + block.rows.start + row])

@@ -55,7 +55,7 @@ class Influence(KeyProbe):
             if a >= b:
                 continue
             if cut:
-                sums = self._inside(weights[..., a:b], first - keys.start - a).sum(1)
+                sums = (weights[..., a:b] * self._inside(block, weights.shape[1], b - a, first - keys.start - a)).sum(1)
             elif skipped or b - a < weights.shape[-1] // 2:
                 sums = weights[..., a:b].sum(1)
             else:  # nearly all of the block: sums that several probes share
@@ -63,10 +63,13 @@ class Influence(KeyProbe):
             out[:, a - begin : b - begin] = sums
         return out, begin
 
-    def _inside(self, weights: Tensor, ahead: int) -> Tensor:
-        """Weights ``(G, R, K′)`` with 0 outside the horizon; the first row's own key is ``ahead`` keys after the first key."""
-        near = weights.tril(ahead - self.near)
-        return near if self.far is None else near.triu(ahead - self.far)
+    def _inside(self, block: Block, rows: int, keys: int, ahead: int) -> Tensor:
+        """``(rows, keys)`` 1 inside the horizon; the first row's own key is ``ahead`` keys after the first key. Layers share these."""
+        memo = ("lens_horizon", rows, keys, ahead, self.near, self.far, block.weights.dtype)
+        if memo not in block.call.base.cache:
+            inside = block.weights.new_ones(rows, keys).tril_(ahead - self.near)
+            block.call.base.cache[memo] = inside if self.far is None else inside.triu_(ahead - self.far)
+        return block.call.base.cache[memo]
 
     def scale(self, site: Site) -> Tensor:
         """One over the number of rows in the horizon that are real."""
