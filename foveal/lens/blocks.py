@@ -140,7 +140,12 @@ def blocks(
         policy: what a policy keeps. only_kept: the weights are a softmax over the kept pairs alone.
     """
     call = call.replace(q=call.q.detach(), k=call.k.detach())
-    scratch = torch.empty(0, dtype=compute_dtype(call.q.dtype), device=call.q.device)
+    sizes = [
+        call.groups * (s.rows.stop - s.rows.start) * (s.keys.stop - s.keys.start)
+        for b in range(call.q.shape[0])
+        for s in _spans(call, b)
+    ]
+    scratch = torch.empty(max(sizes, default=0), dtype=compute_dtype(call.q.dtype), device=call.q.device)
     plain = call.softcap is None and call.bias is None and call.base.predicate is None and call.base.valid is None
     pack = _native(call) and plain and not (only_kept and policy is not None) and call.k.numel() > 0
     for b in range(call.q.shape[0]):
@@ -221,7 +226,7 @@ def _block(
         q = call.q[b, heads, rows].to(torch.float32) * call.scale
         products = Products(q, packed, keys.start)
         width = keys.stop - keys.start
-        s = scratch.resize_(groups * q.shape[1] * width).view(groups, q.shape[1], width)
+        s = scratch[: groups * q.shape[1] * width].view(groups, q.shape[1], width)
     else:
         s = _logits(call, b, kv_head, span, policy, only_kept, scratch, ends=not native)
     sinks = None if sink_logits is None else sink_logits[heads]
@@ -270,7 +275,7 @@ def _logits(
     position = torch.arange(span.keys.start, span.keys.stop, device=device)
     q = call.q[b, heads, span.rows].to(dtype) * call.scale
     keys = call.k[b, kv_head, span.keys].to(dtype)
-    out = None if scratch is None else scratch.resize_(groups * len(index) * len(position)).view(-1, len(position))
+    out = None if scratch is None else scratch[: groups * len(index) * len(position)].view(-1, len(position))
     s = torch.mm(q.reshape(-1, q.shape[-1]), keys.T, out=out).view(groups, len(index), -1)
     if call.softcap is not None:
         s.div_(call.softcap).tanh_().mul_(call.softcap)
