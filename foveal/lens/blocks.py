@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,19 +141,35 @@ def blocks(
         policy: what a policy keeps. only_kept: the weights are a softmax over the kept pairs alone.
     """
     call = call.replace(q=call.q.detach(), k=call.k.detach())
-    sizes = [
-        call.groups * (s.rows.stop - s.rows.start) * (s.keys.stop - s.keys.start)
-        for b in range(call.q.shape[0])
-        for s in _spans(call, b)
-    ]
-    scratch = torch.empty(max(sizes, default=0), dtype=compute_dtype(call.q.dtype), device=call.q.device)
     plain = call.softcap is None and call.bias is None and call.base.predicate is None and call.base.valid is None
     pack = _native(call) and plain and not (only_kept and policy is not None) and call.k.numel() > 0
-    for b in range(call.q.shape[0]):
-        for kv_head in range(call.k.shape[1]):
-            packed = pack_keys(call.k[b, kv_head]) if pack else None
-            for span in _spans(call, b):
-                yield _block(call, sink_logits, b, kv_head, span, policy, only_kept, scratch, packed)
+    with _scratch(call) as scratch:
+        for b in range(call.q.shape[0]):
+            for kv_head in range(call.k.shape[1]):
+                packed = pack_keys(call.k[b, kv_head]) if pack else None
+                for span in _spans(call, b):
+                    yield _block(call, sink_logits, b, kv_head, span, policy, only_kept, scratch, packed)
+
+
+@contextmanager
+def _scratch(call: AttentionCall) -> Iterator[Tensor]:
+    """Memory for the call's largest block. On CPU the base mask keeps it for the next layer: between two layers results are laid
+    down that stay, and a block that was freed there leaves a hole into which the next one may not fit."""
+    every = (s for b in range(call.q.shape[0]) for s in _spans(call, b))
+    size = max(((s.rows.stop - s.rows.start) * (s.keys.stop - s.keys.start) for s in every), default=0) * call.groups
+    dtype, device = compute_dtype(call.q.dtype), call.q.device
+    memo = ("lens_scratch", dtype, device)
+    found = call.base.cache.pop(
+        memo, None
+    )  # blocks of another call on the same mask, made at the same time, get their own
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):  # so that later calls in any mode may write into it
+            found = torch.empty(size, dtype=dtype, device=device)
+    try:
+        yield found
+    finally:
+        if device.type == "cpu":
+            call.base.cache[memo] = found
 
 
 def _native(call: AttentionCall) -> bool:

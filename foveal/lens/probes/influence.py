@@ -12,6 +12,9 @@ from ...core.registry import register
 from ..blocks import Block
 from ..probe import KeyProbe, Site, whole
 
+SHARED = 1 << 17
+"""Pairs of a horizon that layers share; larger ones, of the few high blocks where a text begins, are made anew."""
+
 
 @register("probe", "influence")
 @dataclass(frozen=True)
@@ -65,11 +68,15 @@ class Influence(KeyProbe):
 
     def _inside(self, block: Block, rows: int, keys: int, ahead: int) -> Tensor:
         """``(rows, keys)`` 1 inside the horizon; the first row's own key is ``ahead`` keys after the first key. Layers share these."""
+        cache = block.call.base.cache
         memo = ("lens_horizon", rows, keys, ahead, self.near, self.far, block.weights.dtype)
-        if memo not in block.call.base.cache:
+        inside = cache.get(memo)
+        if inside is None:
             inside = block.weights.new_ones(rows, keys).tril_(ahead - self.near)
-            block.call.base.cache[memo] = inside if self.far is None else inside.triu_(ahead - self.far)
-        return block.call.base.cache[memo]
+            inside = inside if self.far is None else inside.triu_(ahead - self.far)
+            if inside.numel() <= SHARED:
+                cache[memo] = inside
+        return inside
 
     def scale(self, site: Site) -> Tensor:
         """One over the number of rows in the horizon that are real."""
