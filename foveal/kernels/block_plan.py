@@ -37,7 +37,7 @@ class _Cut:
         reads_head: whether it may depend on the query head.
         table: ``(T + 1, q_block, kv_block)`` of distinct tiles, −inf (float32) or True (bool) hides; one entry hides nothing. None
             when the tiles are too many to keep: they are evaluated batch by batch.
-        slot: ``(B or 1, H or 1, nqb, nkb)`` int32 index into ``table``.
+        slot: ``(B or 1, H or 1, nqb, nkb)`` int64 index into ``table``.
     """
 
     mod: Predicate

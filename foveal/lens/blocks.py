@@ -2,7 +2,7 @@
 
 One pass makes everything: the logits of the query heads of one key head for ``R`` rows against every key that these rows may
 see, their softmax in float32 (float64 for float64 inputs), and the block is dropped when all probes have seen it. ``R`` follows
-from the length, so that a block stays in the processor's cache.
+from the length: a block is a dozen megabytes.
 """
 
 from __future__ import annotations
@@ -159,9 +159,8 @@ def _scratch(call: AttentionCall) -> Iterator[Tensor]:
     size = max(((s.rows.stop - s.rows.start) * (s.keys.stop - s.keys.start) for s in every), default=0) * call.groups
     dtype, device = compute_dtype(call.q.dtype), call.q.device
     memo = ("lens_scratch", dtype, device)
-    found = call.base.cache.pop(
-        memo, None
-    )  # blocks of another call on the same mask, made at the same time, get their own
+    # taken out meanwhile: blocks of another call on the same mask, made at the same time, get their own
+    found = call.base.cache.pop(memo, None)
     if found is None or found.numel() < size:
         with torch.inference_mode(False):  # so that later calls in any mode may write into it
             found = torch.empty(size, dtype=dtype, device=device)
