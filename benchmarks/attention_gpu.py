@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 import foveal
 from foveal.bench.memory import PeakMemory
@@ -27,6 +26,7 @@ from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.density import measure
 from foveal.core.layouts import BlockMask, block_mask, narrow
+from foveal.kernels import flex
 
 HEADS, KV_HEADS, DIM, BLOCK = 16, 4, 128, 128
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,12 +43,11 @@ def random_mask(length: int, density: float) -> BlockMask:
 
 def runs(mask: BlockMask, base: BaseMask) -> dict[str, Run]:
     joint = narrow(mask, base)
-    compiled = torch.compile(flex_attention, dynamic=False)
     return {
         "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         "gather": lambda q, k, v: foveal.attention(q, k, v, mask, causal=True, impl="gather"),
         "flex": lambda q, k, v: foveal.attention(q, k, v, mask, causal=True, impl="flex"),
-        "torch_flex": lambda q, k, v: compiled(q, k, v, block_mask=joint, enable_gqa=True),
+        "torch_flex": lambda q, k, v: flex.compiled(q, k, v, block_mask=joint, enable_gqa=True),
     }
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 import foveal
 from foveal.bench.peaks import machine_peaks
@@ -116,8 +115,7 @@ def forward(length: int, dtype: torch.dtype, dim: int, causal: bool, sparse: boo
         work = 4 * dim * pairs * share(mask)
         jobs[f"native_sparse_{block}"] = Job(lambda m=mask: foveal.attention(q, k, v, m, impl="native"), work)
         if use_flex:
-            compiled = torch.compile(flex_attention, dynamic=False)
-            jobs[f"flex_sparse_{block}"] = Job(lambda m=mask, c=compiled: c(q, k, v, block_mask=m), work)
+            jobs[f"flex_sparse_{block}"] = Job(lambda m=mask: flex.compiled(q, k, v, block_mask=m), work)
     return jobs
 
 
