@@ -102,6 +102,8 @@ def run_case(case: Case) -> tuple[list[torch.Tensor], cp.RankMesh, cp.Partition,
     forward = m.meter.bytes
     of_lse = [lse] if case.get("grad_lse") else []
     scores = [(out * grad).sum(), *[x.masked_fill(x == -torch.inf, 0).sum() for x in of_lse]]
+    if case.get("twice"):
+        torch.autograd.grad(sum(scores), (q, k, v), retain_graph=True)
     grads = torch.autograd.grad(sum(scores), (q, k, v))
     m.meter.sent["forward"], m.meter.sent["backward"] = forward, m.meter.bytes - forward
     return [out.detach(), lse.detach(), *grads], m, places, m.meter
@@ -181,6 +183,12 @@ def test_softcap_and_gradient_of_the_log_sum_exp(pool: RankPool) -> None:
         for method, impl, mask in product(("ring", "double_ring", "usp"), ("gather", "reference"), MASKS.values())
     ]
     check(pool, cases, 1e-12)
+
+
+def test_a_second_backward_of_the_same_graph(pool: RankPool) -> None:
+    """The keys that came last are let go by the first one, and sent again for the second."""
+    meshes = [(2, "ring"), (4, "ring"), (4, "usp"), (4, "double_ring"), (4, "all_gather")]
+    check(pool, [{"ranks": ranks, "method": method, "twice": True} for ranks, method in meshes], 1e-12)
 
 
 def test_replicated_kv_heads(pool: RankPool) -> None:

@@ -2,7 +2,7 @@
 
 Published as Ring Attention; zig-zag, reverse continuation and the double ring (LoongTrain) as LongCA-bench describes them
 (arXiv 2510.17896). Every part is merged by :func:`foveal.merge`; backward keeps the inputs, the output and its
-log-sum-exp, and (ring) the keys that came last.
+log-sum-exp, and (ring) the keys that came last, which it lets go as soon as they have been used.
 """
 
 from __future__ import annotations
@@ -154,21 +154,21 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Run, transport: type[Transport]) -> Pair:
         total = _Sum(run, q, v)
-        last = transport.forward(run, total, k, v)
+        kept = transport.forward(run, total, k, v)
         out, lse = total.result()
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, last)
-        ctx.run, ctx.transport = run, transport
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.run, ctx.transport, ctx.kept = run, transport, kept
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, last = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         slopes = _Slopes(ctx.run, (q, out, lse), grad_out, grad_lse)
-        dk, dv = ctx.transport.backward(ctx.run, slopes, k, v, last)
+        dk, dv = ctx.transport.backward(ctx.run, slopes, k, v, ctx.kept)
         return slopes.dq().to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
@@ -176,13 +176,13 @@ class Transport:
     """How keys come to queries and gradients come home."""
 
     @staticmethod
-    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> Tensor | None:
-        """Fill ``total``; the result, if any, is given to :meth:`backward`."""
+    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Fill ``total``; the result is given to :meth:`backward`."""
         raise NotImplementedError
 
     @staticmethod
-    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, last: Tensor | None) -> Pair:
-        """Gradients of this rank's own k and v."""
+    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, kept: list[Tensor]) -> Pair:
+        """Gradients of this rank's own k and v. What it takes out of ``kept`` is gone in a second backward of the same graph."""
         raise NotImplementedError
 
 
@@ -190,7 +190,7 @@ class Ring(Transport):
     """R−1 hops forward; backward begins with the keys that came last and runs the other way, so they need not be resent."""
 
     @staticmethod
-    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> Tensor | None:
+    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> list[Tensor]:
         ring = run.mesh.sequence
         held = _pack((k, v)) if ring.size > 1 else None
         for i in range(ring.size):
@@ -198,26 +198,29 @@ class Ring(Transport):
             total.add((ring.rank - i) % ring.size, *((k, v) if held is None or i == 0 else _unpack(held, k, v)))
             if following is not None:
                 held = following()
-        return held
+        return [] if held is None else [held]
 
     @staticmethod
-    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, last: Tensor | None) -> Pair:
+    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, kept: list[Tensor]) -> Pair:
         ring = run.mesh.sequence
-        if last is None:
+        if ring.size == 1:
             return slopes.of(0, k, v)
-        held, coming = last, None
-        for i in range(1, ring.size + 1):
+        held = kept.pop() if kept else ring.shift(_pack((k, v)), -1)()
+        coming: Callable[[], Tensor] | None = None
+        for i in range(1, ring.size):
             following = ring.shift(held, -1) if i + 1 < ring.size else None
-            source = (ring.rank + i) % ring.size
-            grads = _pack(slopes.of(source, *((k, v) if i == ring.size else _unpack(held, k, v))))
+            grads = _pack(slopes.of((ring.rank + i) % ring.size, *_unpack(held, k, v)))
             if coming is not None:
                 grads += coming()
-            if i == ring.size:
-                return _unpack(grads, k, v)
             if following is not None:
                 held = following()
             coming = ring.shift(grads, -1)
-        raise AssertionError("a ring has at least one rank")
+        del held, grads  # the own keys need neither
+        assert coming is not None
+        own = slopes.of(ring.rank, k, v)
+        for mine, rest in zip(own, _unpack(coming(), k, v), strict=True):
+            mine += rest
+        return own
 
 
 class DoubleRing(Transport):
@@ -242,12 +245,12 @@ class DoubleRing(Transport):
                 window = held = ahead()
 
     @staticmethod
-    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> Tensor | None:
+    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> list[Tensor]:
         DoubleRing._walk(run.mesh, _pack((k, v)), lambda source, held, _: total.add(source, *_unpack(held, k, v)))
-        return None
+        return []
 
     @staticmethod
-    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, last: Tensor | None) -> Pair:
+    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, kept: list[Tensor]) -> Pair:
         mesh = run.mesh
         coming: list[Callable[[], Tensor]] = []
 
@@ -278,12 +281,12 @@ class AllGather(Transport):
         return (whole[0], whole[1]), where
 
     @staticmethod
-    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> Tensor | None:
+    def forward(run: Run, total: _Sum, k: Tensor, v: Tensor) -> list[Tensor]:
         total.add(None, *AllGather._everything(run, k, v)[0])
-        return None
+        return []
 
     @staticmethod
-    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, last: Tensor | None) -> Pair:
+    def backward(run: Run, slopes: _Slopes, k: Tensor, v: Tensor, kept: list[Tensor]) -> Pair:
         ring = run.mesh.sequence
         whole, where = AllGather._everything(run, k, v)
         parts = [
