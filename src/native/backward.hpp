@@ -108,6 +108,7 @@ struct Backward : BackwardStep<P> {
 
   // Task of the second round: dk and dv of every splits-th block of keys of one key head, and its part of dq.
   void differentiate(long index, int worker) const {
+    [[maybe_unused]] const typename P::Session session;
     const long split = index / here, kv = first + index % here, b = kv / p.kv_heads, h_kv = kv % p.kv_heads;
     Scratch mine = scratch_of(worker);
     const long first_head = b * p.heads + h_kv * group;

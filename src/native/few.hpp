@@ -17,7 +17,7 @@ constexpr long LEAST_PANELS = 4;  // that a task gets when keys are split
 
 template <class P>
 struct Few {
-  static constexpr long VALUE_STEPS = BLOCK_PANELS * PANEL / P::per_unit;
+  static constexpr long VALUE_STEPS = BLOCK_PANELS<P> * PANEL / P::per_unit;
 
   const Problem& p;
   const long stacked;                // query heads that are rows of one task
@@ -60,13 +60,13 @@ struct Few {
     std::int64_t *list, *where;  // the task's keys without pads; those of the gathered panels
     const char **rows_at, **next_at;  // where the rows of a panel's keys, and of all values, lie; those of later keys
     Scratch(const Few& f, Carve& memory) : rows(f.p, f.chunk_rows * f.stacked, memory) {
-      keys = memory.take<Unit>(f.in_place ? 0 : BLOCK_PANELS * PANEL * rows.steps);
+      keys = memory.take<Unit>(f.in_place ? 0 : BLOCK_PANELS<P> * PANEL * rows.steps);
       values = memory.take<Unit>(f.in_place ? 0 : VALUE_STEPS * rows.wide);
       temp = memory.take<Unit>(f.in_place ? 0 : 65 * rows.steps + 2 * rows.wide);
       list = memory.take<std::int64_t>(f.most_keys);
-      where = memory.take<std::int64_t>(BLOCK_PANELS * PANEL);
-      rows_at = memory.take<const char*>((1 + BLOCK_PANELS) * PANEL);
-      next_at = memory.take<const char*>(BLOCK_PANELS * PANEL);
+      where = memory.take<std::int64_t>(BLOCK_PANELS<P> * PANEL);
+      rows_at = memory.take<const char*>((1 + BLOCK_PANELS<P>) * PANEL);
+      next_at = memory.take<const char*>(BLOCK_PANELS<P> * PANEL);
     }
   };
 
@@ -114,28 +114,28 @@ struct Few {
     const long listed = p.lists.index ? keys_of_block(p, c.b, c.h, c.first / block_rows, mine.list) : 0;
     const long first = p.lists.index ? 0 : c.lo_least / PANEL;
     const long panels = most(0, ceil_div(p.lists.index ? listed : c.hi_most, PANEL) - first);
-    const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS * PANEL};
-    long block[BLOCK_PANELS], count = 0;
+    const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS<P> * PANEL};
+    long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;
     const long begin = first + panels * split / splits, end = first + panels * (split + 1) / splits;
     for (long panel = begin; panel < end; panel++) {
       const long start = panel * PANEL, here = least(PANEL, (p.lists.index ? listed : p.kv_len) - start);
       std::uint64_t* bits = rows.bits + count;
-      const Shows what = p.lists.index ? shows_listed(c, mine.list + start, here, bits, BLOCK_PANELS) : shows(c, panel);
+      const Shows what = p.lists.index ? shows_listed(c, mine.list + start, here, bits, BLOCK_PANELS<P>) : shows(c, panel);
       bool wanted = what == Shows::all;
       for (long i = 0; what != Shows::nothing && i < c.per_head; i++) {
-        if (what == Shows::all) bits[i * BLOCK_PANELS] = ~std::uint64_t(0);
-        if (what == Shows::some && !p.lists.index) bits[i * BLOCK_PANELS] = row_bits(c, i, panel);
-        wanted = wanted || bits[i * BLOCK_PANELS];
+        if (what == Shows::all) bits[i * BLOCK_PANELS<P>] = ~std::uint64_t(0);
+        if (what == Shows::some && !p.lists.index) bits[i * BLOCK_PANELS<P>] = row_bits(c, i, panel);
+        wanted = wanted || bits[i * BLOCK_PANELS<P>];
       }
       if (wanted) {
-        for (long r = c.per_head; r < c.rows; r++) bits[r * BLOCK_PANELS] = bits[r % c.per_head * BLOCK_PANELS];
+        for (long r = c.per_head; r < c.rows; r++) bits[r * BLOCK_PANELS<P>] = bits[r % c.per_head * BLOCK_PANELS<P>];
         gather(c, mine, count, start, here, p.lists.index ? listed : p.kv_len);
         cut_block = cut_block || what == Shows::some;
         block[count] = count;
         count++;
       }
-      if (count == BLOCK_PANELS || (count && panel == end - 1)) {
+      if (count == BLOCK_PANELS<P> || (count && panel == end - 1)) {
         cut_block ? step<true>(c, mine, from, block, count) : step<false>(c, mine, from, block, count);
         count = 0;
         cut_block = false;
@@ -163,12 +163,12 @@ struct Few {
           mine.rows_at[(slot + 1) * PANEL + j] = row_at(p.v, p.type, c.b, kv, mine.where[slot * PANEL + j]);
         }
         for (long j = 0; j < PANEL; j++)  // most likely the keys that are wanted when the values are done
-          mine.next_at[slot * PANEL + j] = row_at(p.k, p.type, c.b, kv, which[least(BLOCK_PANELS * PANEL + j, end - start - 1)]);
+          mine.next_at[slot * PANEL + j] = row_at(p.k, p.type, c.b, kv, which[least(BLOCK_PANELS<P> * PANEL + j, end - start - 1)]);
         const Ahead ahead{mine.rows_at + (slot + 1) * PANEL, p.dim_v * size_of(p.type)};
         float* s = mine.rows.s + slot * PANEL;
         const float* q = reinterpret_cast<const float*>(mine.rows.queries);
-        p.type == Type::bf16 ? all_dots<true>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL, ahead)
-                             : all_dots<false>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS * PANEL, ahead);
+        p.type == Type::bf16 ? all_dots<true>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS<P> * PANEL, ahead)
+                             : all_dots<false>(c.rows, q, p.dim, mine.rows_at, s, BLOCK_PANELS<P> * PANEL, ahead);
         return;
       }
     }
@@ -182,11 +182,11 @@ struct Few {
   void step(const Chunk& c, Scratch& mine, const Keys& from, const long* block, long count) const {
     if constexpr (!P::pairs) {
       if (in_place) {
-        constexpr long ld = BLOCK_PANELS * PANEL;
+        constexpr long ld = BLOCK_PANELS<P> * PANEL;
         const Softmax<P>& rows = mine.rows;
         for (long r = 0; r < c.rows; r++)
           for (long n = 0; n < count; n++)
-            rows.template logits<cut_block>(c, from, r, n, rows.s + r * ld + n * PANEL, rows.bits[r * BLOCK_PANELS + n], 1);
+            rows.template logits<cut_block>(c, from, r, n, rows.s + r * ld + n * PANEL, rows.bits[r * BLOCK_PANELS<P> + n], 1);
         rows.softmax(0, c.rows, count * PANEL);
         const char** value = mine.rows_at + PANEL;
         const Ahead ahead{mine.next_at, p.dim * size_of(p.type)};

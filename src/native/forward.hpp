@@ -76,23 +76,24 @@ struct Forward {
     const long heads = here * group, head = first * group + index % heads, b = head / p.heads, h = head % p.heads;
     const Chunk chunk = make_chunk(p, valid_bits, cut, b, h, cut.count - 1 - index / heads);
     if (chunk.rows <= 0) return;
+    [[maybe_unused]] const typename P::Session session;
     const Softmax<P> rows = scratch_of(worker).rows;
     const Keys from{keys_of(head / group), values_of(head / group), value_steps()};
     rows.begin(chunk);
-    long block[BLOCK_PANELS], count = 0;
+    long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;
     const long last = ceil_div(chunk.hi_most, PANEL);
     for (long panel = chunk.lo_least / PANEL; panel < last; panel++) {
       const Shows what = shows(chunk, panel);
       bool wanted = what == Shows::all;
       if (what == Shows::some) {
-        for (long r = 0; r < chunk.rows; r++) wanted = (rows.bits[r * BLOCK_PANELS + count] = row_bits(chunk, r, panel)) || wanted;
+        for (long r = 0; r < chunk.rows; r++) wanted = (rows.bits[r * BLOCK_PANELS<P> + count] = row_bits(chunk, r, panel)) || wanted;
         cut_block = cut_block || wanted;
       } else if (wanted) {
-        for (long r = 0; r < chunk.rows; r++) rows.bits[r * BLOCK_PANELS + count] = ~std::uint64_t(0);
+        for (long r = 0; r < chunk.rows; r++) rows.bits[r * BLOCK_PANELS<P> + count] = ~std::uint64_t(0);
       }
       if (wanted) block[count++] = panel;
-      if (count == BLOCK_PANELS || (count && panel == last - 1)) {
+      if (count == BLOCK_PANELS<P> || (count && panel == last - 1)) {
         cut_block ? rows.template step<true>(chunk, from, block, count) : rows.template step<false>(chunk, from, block, count);
         count = 0;
         cut_block = false;

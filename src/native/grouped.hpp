@@ -73,7 +73,7 @@ inline long kv_of_piece(const Problem& p, const Pieces::Piece& piece, long h) {
 
 template <class P>
 struct Grouped {
-  static constexpr long VALUE_STEPS = BLOCK_PANELS * PANEL / P::per_unit;
+  static constexpr long VALUE_STEPS = BLOCK_PANELS<P> * PANEL / P::per_unit;
 
   const Problem& p;
   const Groups& g;
@@ -106,12 +106,12 @@ struct Grouped {
     Unit *keys, *values, *temp;
     std::int64_t *lo, *hi, *where;
     Scratch(const Grouped& f, Carve& memory) : rows(f.p, PIECE_ROWS, memory) {
-      keys = memory.take<Unit>(BLOCK_PANELS * PANEL * f.steps);
+      keys = memory.take<Unit>(BLOCK_PANELS<P> * PANEL * f.steps);
       values = memory.take<Unit>(VALUE_STEPS * f.wide);
       temp = memory.take<Unit>(65 * f.steps + 2 * f.wide);
       lo = memory.take<std::int64_t>(PIECE_ROWS);
       hi = memory.take<std::int64_t>(PIECE_ROWS);
-      where = memory.take<std::int64_t>(BLOCK_PANELS * PANEL);
+      where = memory.take<std::int64_t>(BLOCK_PANELS<P> * PANEL);
     }
   };
 
@@ -142,16 +142,16 @@ struct Grouped {
     const long kv = kv_of_piece(p, piece, h);
     const std::int64_t* list = g.keys + g.cu_k[piece.group];
     const long listed = g.cu_k[piece.group + 1] - g.cu_k[piece.group];
-    const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS * PANEL};
+    const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS<P> * PANEL};
     rows.begin(c);
-    long block[BLOCK_PANELS], count = 0;
+    long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;
     for (long start = 0; start < listed; start += PANEL) {
       const long here = least(PANEL, listed - start);
       std::uint64_t* bits = rows.bits + count;
-      const Shows what = shows_listed(c, list + start, here, bits, BLOCK_PANELS);
+      const Shows what = shows_listed(c, list + start, here, bits, BLOCK_PANELS<P>);
       if (what != Shows::nothing) {
-        for (long r = 0; what == Shows::all && r < c.rows; r++) bits[r * BLOCK_PANELS] = ~std::uint64_t(0);
+        for (long r = 0; what == Shows::all && r < c.rows; r++) bits[r * BLOCK_PANELS<P>] = ~std::uint64_t(0);
         const Rows which{0, list + start};
         for (long j = 0; j < PANEL; j++) mine.where[count * PANEL + j] = list[start + least(j, here - 1)];
         pack_columns<P>(p.k, p.type, c.b, kv, which, here, p.dim, mine.keys + count * PANEL * steps, mine.temp);
@@ -161,7 +161,7 @@ struct Grouped {
         block[count] = count;
         count++;
       }
-      if (count == BLOCK_PANELS || (count && start + PANEL >= listed)) {
+      if (count == BLOCK_PANELS<P> || (count && start + PANEL >= listed)) {
         cut_block ? rows.template step<true>(c, from, block, count) : rows.template step<false>(c, from, block, count);
         count = 0;
         cut_block = false;
@@ -171,12 +171,14 @@ struct Grouped {
   }
 
   void attend_one(long index, int worker) const {
+    [[maybe_unused]] const typename P::Session session;
     const Scratch mine = scratch_of(worker);
     mine.rows.finish(attend(pieces.piece[index / copies], index % copies, mine));
   }
 
   // All pieces of one key head, or every splits-th of them.
   void attend_in_turn(long index, int worker) const {
+    [[maybe_unused]] const typename P::Session session;
     const long split = index % splits, owner = index / splits, b = owner / p.kv_heads, kv = owner % p.kv_heads;
     const Scratch mine = scratch_of(worker);
     const long first = (b * p.heads + kv * group) * p.q_len, at = split * all_rows;

@@ -73,6 +73,7 @@ struct ListedBackward : BackwardStep<P> {
 
   // Task of the first round.
   void differentiate(long index, int worker) const {
+    [[maybe_unused]] const typename P::Session session;
     const long split = index % splits, owner = index / splits, b = owner / p.kv_heads, kv = owner % p.kv_heads;
     Scratch mine = scratch_of(worker);
     if (dbias) {

@@ -20,6 +20,9 @@ namespace nb = nanobind;
 namespace foveal {
 
 #define FOVEAL_DECLARE(name) namespace name { extern const Variant variant; }
+#if defined(FOVEAL_AMX)
+FOVEAL_DECLARE(amx)
+#endif
 #if defined(__x86_64__)
 FOVEAL_DECLARE(avx512bf16)
 FOVEAL_DECLARE(avx512)
@@ -31,6 +34,9 @@ namespace {
 
 // Best first.
 const Variant* const VARIANTS[] = {
+#if defined(FOVEAL_AMX)
+    &amx::variant,
+#endif
 #if defined(__x86_64__)
     &avx512bf16::variant, &avx512::variant, &avx2::variant,
 #endif

@@ -14,7 +14,8 @@
 
 namespace foveal::FOVEAL_VARIANT {
 
-constexpr long BLOCK_PANELS = 2;  // panels between two updates of the softmax
+template <class P>
+constexpr long BLOCK_PANELS = P::tiles ? 4 : 2;  // panels between two updates of the softmax
 
 // Packed keys and values of one key head.
 struct Keys {
@@ -31,54 +32,50 @@ struct Softmax {
   Unit* queries;
   float *s, *o, *most_seen, *sum, *factor, *floor;
   float* spread;        // Σ 2^(s − m) · (s − m) of each row, where the entropy is asked for
-  std::uint64_t* bits;  // [rows][BLOCK_PANELS]
+  std::uint64_t* bits;  // [rows][BLOCK_PANELS<P>]
 
   Softmax(const Problem& problem, long rows, Carve& memory)
       : p(problem), steps(steps_of<P>(p.dim)), wide(padded(p.dim_v)) {
     queries = memory.take<Unit>(rows * steps);
-    s = memory.take<float>(rows * BLOCK_PANELS * PANEL);
+    s = memory.take<float>(rows * BLOCK_PANELS<P> * PANEL);
     o = memory.take<float>(rows * wide);
     most_seen = memory.take<float>(rows + 16);
     sum = memory.take<float>(rows + 16);
     factor = memory.take<float>(rows + 16);
     floor = memory.take<float>(rows + 16);
     spread = memory.take<float>(p.entropy ? rows : 0);
-    bits = memory.take<std::uint64_t>(rows * BLOCK_PANELS);
+    bits = memory.take<std::uint64_t>(rows * BLOCK_PANELS<P>);
   }
 
   // One block of `count` panels for all rows of the chunk; with `cut_block`, `bits` says what each row sees.
   template <bool cut_block>
   void step(const Chunk& c, const Keys& from, const long* block, long count) const {
-    constexpr long ld = BLOCK_PANELS * PANEL;
-    std::uint64_t seen[BLOCK_PANELS];  // by any row of a register tile
-    for (long n = 0; n < count; n++) {
-      const Unit* panel = from.k + block[n] * steps * PANEL;
-      if (!cut_block) {
-        product<P, Start::zero>(c.rows, queries, steps, panel, PANEL, steps, s + n * PANEL, ld, PANEL);
-        continue;
-      }
-      for (long r = 0; r < c.rows; r += TILE_ROWS) {
-        const long rows = least(TILE_ROWS, c.rows - r);
-        std::uint64_t any = 0;
-        for (long i = r; i < r + rows; i++) any |= bits[i * BLOCK_PANELS + n];
-        if (any) product<P, Start::zero>(rows, queries + r * steps, steps, panel, PANEL, steps, s + r * ld + n * PANEL, ld, PANEL);
-      }
-    }
-    for (long r = 0; r < c.rows; r += TILE_ROWS) {
-      const long rows = least(TILE_ROWS, c.rows - r);
+    constexpr long ld = BLOCK_PANELS<P> * PANEL;
+    std::uint64_t seen[BLOCK_PANELS<P>];  // by any of the rows at once
+    if (!cut_block && !P::tiles)  // a panel stays in the first-level cache for all rows
+      for (long n = 0; n < count; n++) multiply(from, block[n], n, 0, c.rows);
+    for (long r = 0; r < c.rows; r += P::rows_at_once) {
+      const long rows = least(P::rows_at_once, c.rows - r);
       for (long n = 0; n < count; n++) {
         seen[n] = ~std::uint64_t(0);
         if (cut_block) {
           seen[n] = 0;
-          for (long i = r; i < r + rows; i++) seen[n] |= bits[i * BLOCK_PANELS + n];
+          for (long i = r; i < r + rows; i++) seen[n] |= bits[i * BLOCK_PANELS<P> + n];
         }
+        if (cut_block ? seen[n] != 0 : P::tiles) multiply(from, block[n], n, r, rows);
         if (cut_block || shaped(p))
           for (long i = r; i < r + rows; i++)
-            logits<cut_block>(c, from, i, block[n], s + i * ld + n * PANEL, bits[i * BLOCK_PANELS + n], seen[n]);
+            logits<cut_block>(c, from, i, block[n], s + i * ld + n * PANEL, bits[i * BLOCK_PANELS<P> + n], seen[n]);
       }
       softmax(r, rows, count * PANEL);
       weigh<cut_block>(from, r, rows, block, count, seen);
     }
+  }
+
+  // Products of rows and one panel, the n-th of its block.
+  void multiply(const Keys& from, long panel, long n, long r, long rows) const {
+    constexpr long ld = BLOCK_PANELS<P> * PANEL;
+    product<P, Start::zero>(rows, queries + r * steps, steps, from.k + panel * steps * PANEL, PANEL, steps, s + r * ld + n * PANEL, ld, PANEL);
   }
 
   template <bool cut_block>
@@ -96,7 +93,7 @@ struct Softmax {
 
   template <bool measured>
   void softmax_as(long first, long rows, long width) const {
-    constexpr long ld = BLOCK_PANELS * PANEL;
+    constexpr long ld = BLOCK_PANELS<P> * PANEL;
     const float by = shaped(p) ? 1.0f : p.scale == 0.0f ? 1.0f : (p.scale < 0 ? -p.scale : p.scale) * LOG2_E;
     for (long r = first; r < first + rows; r++) {
       const float* row = s + r * ld;
@@ -138,7 +135,7 @@ struct Softmax {
   // o = o · factor + weights · values; neighbouring panels run as one product.
   template <bool cut_block>
   void weigh(const Keys& from, long r, long rows, const long* block, long count, const std::uint64_t* seen) const {
-    constexpr long ld = BLOCK_PANELS * PANEL;
+    constexpr long ld = BLOCK_PANELS<P> * PANEL;
     const Unit* w = reinterpret_cast<const Unit*>(s + r * ld);
     bool started = false;
     for (long n = 0; n < count;) {

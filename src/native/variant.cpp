@@ -9,11 +9,32 @@
 #include "peak.hpp"
 #include "rows.hpp"
 
+#if defined(__AMX_BF16__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace foveal::FOVEAL_VARIANT {
+
+#if defined(__AMX_BF16__)
+// Whether there is a tile unit for bfloat16. Linux lets a process use it once it has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+static bool has_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned both = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+using Halves = Tiles;
+#elif defined(__AVX512BF16__)
+using Halves = Pairs;
+#endif
 
 static bool usable() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if defined(__AMX_BF16__)
+  if (!has_tiles()) return false;
+#endif
 #if defined(__AVX512BF16__)
   if (!__builtin_cpu_supports("avx512bf16")) return false;
 #endif
@@ -27,21 +48,21 @@ static bool usable() {
   return true;
 }
 
-template <class P>
+template <class P, class Few>
 static void forward_that_fits(const Problem& p, Pool& pool, int threads) {
   if (p.groups.count) return grouped_as<P>(p, pool, threads);
   // Waking a helper takes as long as half a million multiply-adds.
   const double work = (double)p.batch * p.heads * p.q_len * (p.lists.index ? p.lists.width : p.kv_len) * (p.dim + p.dim_v);
   if (work / (1 << 19) + 1 < threads) threads = (int)(work / (1 << 19)) + 1;
   if (!few(p)) return forward_as<P>(p, pool, threads);
-  very_few(p) ? few_as<Floats>(p, pool, threads) : few_as<P>(p, pool, threads);
+  very_few(p) ? few_as<Floats>(p, pool, threads) : few_as<Few>(p, pool, threads);
 }
 
 static void forward(const Problem& p, Pool& pool, int threads) {
 #if defined(__AVX512BF16__)
-  if (p.type == Type::bf16) return forward_that_fits<Pairs>(p, pool, threads);
+  if (p.type == Type::bf16) return forward_that_fits<Halves, Pairs>(p, pool, threads);
 #endif
-  forward_that_fits<Floats>(p, pool, threads);
+  forward_that_fits<Floats, Floats>(p, pool, threads);
 }
 
 template <class P>
@@ -51,7 +72,7 @@ static void backward_that_fits(const Problem& p, const Gradients& g, Pool& pool,
 
 static void backward(const Problem& p, const Gradients& g, Pool& pool, int threads) {
 #if defined(__AVX512BF16__)
-  if (p.type == Type::bf16) return backward_that_fits<Pairs>(p, g, pool, threads);
+  if (p.type == Type::bf16) return backward_that_fits<Halves>(p, g, pool, threads);
 #endif
   backward_that_fits<Floats>(p, g, pool, threads);
 }

@@ -233,19 +233,46 @@ inline Vec load_bf16(const std::uint16_t* p) {
 
 // --- how a product adds up ------------------------------------------------------------------------------------------------
 
+struct Idle {  // what a thread needs to hold while it computes: nothing
+  Idle() {}
+};
+
 struct Floats {  // one float per unit
-  static constexpr bool pairs = false;
+  using Session = Idle;
+  static constexpr bool pairs = false, tiles = false;
   static constexpr int per_unit = 1;
+  static constexpr long rows_at_once = TILE_ROWS;  // between two products
   static inline Vec step(Vec sum, Unit a, Vec b) { return fma(set1(as_float(a)), b, sum); }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {  // two bfloat16 per unit: sum += a₀·b₀ + a₁·b₁, in float32
-  static constexpr bool pairs = true;
+  using Session = Idle;
+  static constexpr bool pairs = true, tiles = false;
   static constexpr int per_unit = 2;
+  static constexpr long rows_at_once = TILE_ROWS;
   static inline Vec step(Vec sum, Unit a, Vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_castps_si512(b));
   }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+struct Tiles : Pairs {  // products in the tile unit: 16 × 16 sums at a time
+  static constexpr bool tiles = true;
+  static constexpr long rows_at_once = 32;
+  struct Session {  // all eight tiles whole: 16 rows of 64 bytes
+    Session() {
+      alignas(64) static constexpr struct {
+        std::uint8_t palette = 1, rest[15] = {};
+        std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } whole;
+      _tile_loadconfig(&whole);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+  };
 };
 #endif
 

@@ -1,7 +1,7 @@
 """C++ kernels for CPUs: dense, block-sparse, list-sparse and ragged attention in float32, bfloat16 and float16.
 
 ``docs/native.md`` explains the blocking; the sources are in ``src/native``. The instruction set is chosen when the first
-call runs; the environment variable ``FOVEAL_ISA`` (``avx512bf16``, ``avx512``, ``avx2``, ``baseline``) forces one.
+call runs; the environment variable ``FOVEAL_ISA`` (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``baseline``) forces one.
 """
 
 from __future__ import annotations
