@@ -73,7 +73,9 @@ inline long kv_of_piece(const Problem& p, const Pieces::Piece& piece, long h) {
 
 template <class P>
 struct Grouped {
-  static constexpr long VALUE_STEPS = BLOCK_PANELS<P> * PANEL / P::per_unit;
+  // Panels of keys that are packed at once. A group of at most as many is packed once for all its pieces: half a small second-level
+  // cache where heads have 64 channels.
+  static constexpr long HELD_PANELS = 8, VALUE_STEPS = HELD_PANELS * PANEL / P::per_unit;
 
   const Problem& p;
   const Groups& g;
@@ -105,13 +107,14 @@ struct Grouped {
     Softmax<P> rows;
     Unit *keys, *values, *temp;
     std::int64_t *lo, *hi, *where;
+    long held = -1, held_of = -1;  // the group whose keys are packed, and the key head
     Scratch(const Grouped& f, Carve& memory) : rows(f.p, PIECE_ROWS, memory) {
-      keys = memory.take<Unit>(BLOCK_PANELS<P> * PANEL * f.steps);
+      keys = memory.take<Unit>(HELD_PANELS * PANEL * f.steps);
       values = memory.take<Unit>(VALUE_STEPS * f.wide);
       temp = memory.take<Unit>(65 * f.steps + 2 * f.wide);
       lo = memory.take<std::int64_t>(PIECE_ROWS);
       hi = memory.take<std::int64_t>(PIECE_ROWS);
-      where = memory.take<std::int64_t>(BLOCK_PANELS<P> * PANEL);
+      where = memory.take<std::int64_t>(HELD_PANELS * PANEL);
     }
   };
 
@@ -135,14 +138,29 @@ struct Grouped {
     return memory.at - at;
   }
 
+  // Keys of one key head as the panel in this slot.
+  void pack(const Scratch& mine, long b, long kv, const std::int64_t* list, long count, long slot) const {
+    for (long j = 0; j < PANEL; j++) mine.where[slot * PANEL + j] = list[least(j, count - 1)];
+    pack_columns<P>(p.k, p.type, b, kv, Rows{0, list}, count, p.dim, mine.keys + slot * PANEL * steps, mine.temp);
+    pack_rows<P>(p.v, p.type, b, kv, Rows{0, list}, count, PANEL, p.dim_v, mine.values, VALUE_STEPS, slot * PANEL / P::per_unit,
+                 reinterpret_cast<float*>(mine.temp));
+  }
+
   // The rows of a piece over all keys of its group.
-  Chunk attend(const Pieces::Piece& piece, long h, const Scratch& mine) const {
+  Chunk attend(const Pieces::Piece& piece, long h, Scratch& mine) const {
     const Softmax<P>& rows = mine.rows;
     const Chunk c = chunk_of_piece(p, piece, h, mine.lo, mine.hi);
     const long kv = kv_of_piece(p, piece, h);
     const std::int64_t* list = g.keys + g.cu_k[piece.group];
     const long listed = g.cu_k[piece.group + 1] - g.cu_k[piece.group];
-    const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS<P> * PANEL};
+    const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, HELD_PANELS * PANEL};
+    const bool all_at_once = joint && listed <= HELD_PANELS * PANEL;
+    if (all_at_once && (mine.held != piece.group || mine.held_of != kv)) {
+      for (long start = 0; start < listed; start += PANEL) pack(mine, c.b, kv, list + start, least(PANEL, listed - start), start / PANEL);
+      mine.held = piece.group;
+      mine.held_of = kv;
+    }
+    if (!all_at_once) mine.held = -1;
     rows.begin(c);
     long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;
@@ -152,13 +170,9 @@ struct Grouped {
       const Shows what = shows_listed(c, list + start, here, bits, BLOCK_PANELS<P>);
       if (what != Shows::nothing) {
         for (long r = 0; what == Shows::all && r < c.rows; r++) bits[r * BLOCK_PANELS<P>] = ~std::uint64_t(0);
-        const Rows which{0, list + start};
-        for (long j = 0; j < PANEL; j++) mine.where[count * PANEL + j] = list[start + least(j, here - 1)];
-        pack_columns<P>(p.k, p.type, c.b, kv, which, here, p.dim, mine.keys + count * PANEL * steps, mine.temp);
-        pack_rows<P>(p.v, p.type, c.b, kv, which, here, PANEL, p.dim_v, mine.values, VALUE_STEPS, count * PANEL / P::per_unit,
-                     reinterpret_cast<float*>(mine.temp));
+        block[count] = all_at_once ? start / PANEL : count;
+        if (!all_at_once) pack(mine, c.b, kv, list + start, here, count);
         cut_block = cut_block || what == Shows::some;
-        block[count] = count;
         count++;
       }
       if (count == BLOCK_PANELS<P> || (count && start + PANEL >= listed)) {
@@ -172,7 +186,7 @@ struct Grouped {
 
   void attend_one(long index, int worker) const {
     [[maybe_unused]] const typename P::Session session;
-    const Scratch mine = scratch_of(worker);
+    Scratch mine = scratch_of(worker);
     mine.rows.finish(attend(pieces.piece[index / copies], index % copies, mine));
   }
 
@@ -180,7 +194,7 @@ struct Grouped {
   void attend_in_turn(long index, int worker) const {
     [[maybe_unused]] const typename P::Session session;
     const long split = index % splits, owner = index / splits, b = owner / p.kv_heads, kv = owner % p.kv_heads;
-    const Scratch mine = scratch_of(worker);
+    Scratch mine = scratch_of(worker);
     const long first = (b * p.heads + kv * group) * p.q_len, at = split * all_rows;
     for (long r = first; r < first + group * p.q_len; r++) sum_most[at + r] = -INF, sum_sum[at + r] = 0.0f;
     const long of = g.per_head ? owner : b;
