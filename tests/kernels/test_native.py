@@ -261,6 +261,18 @@ def test_groups_on_every_instruction_set(isa: str, combine: str, per_head: bool)
     check_gradients(random_call(17, sizes, groups, scale=-0.3, softcap=2.0, bias=bias), torch.float32)
 
 
+def test_joint_groups_longer_and_shorter_than_what_is_packed_at_once(isa: str) -> None:
+    """Some rows see a long group between two turns of a short one: its keys are packed anew, and the short one's again."""
+    rows, keys = (
+        [torch.arange(150), torch.arange(200), torch.arange(40, 140)],
+        [torch.arange(60), torch.arange(700), torch.arange(188, 700)],
+    )
+    bounds = [torch.tensor([0, *(x.numel() for x in parts)]).cumsum(0) for parts in (rows, keys)]
+    groups = Groups(torch.cat(rows), bounds[0], torch.cat(keys), bounds[1], combine="softmax")
+    for dtype in (torch.float32, torch.bfloat16):
+        check(random_call(18, (1, 4, 2, 200, 700, 64, 64), groups), dtype)
+
+
 def disjoint_groups(make: torch.Generator, sizes: tuple[int, ...], count: int, per_head: bool) -> Groups:
     """Every query in exactly one group of its head, in no order; keys in any."""
     batch, heads, kv_heads, q_len, kv_len = sizes
