@@ -190,7 +190,7 @@ struct Grouped {
     mine.rows.finish(attend(pieces.piece[index / copies], index % copies, mine));
   }
 
-  // All pieces of one key head, or every splits-th of them.
+  // All pieces of one key head, or a share of them: those that follow each other, whose keys are often the same.
   void attend_in_turn(long index, int worker) const {
     [[maybe_unused]] const typename P::Session session;
     const long split = index % splits, owner = index / splits, b = owner / p.kv_heads, kv = owner % p.kv_heads;
@@ -198,7 +198,8 @@ struct Grouped {
     const long first = (b * p.heads + kv * group) * p.q_len, at = split * all_rows;
     for (long r = first; r < first + group * p.q_len; r++) sum_most[at + r] = -INF, sum_sum[at + r] = 0.0f;
     const long of = g.per_head ? owner : b;
-    for (long n = pieces.start[of] + split; n < pieces.start[of + 1]; n += splits)
+    const long begin = pieces.start[of], all = pieces.start[of + 1] - begin;
+    for (long n = begin + all * split / splits; n < begin + all * (split + 1) / splits; n++)
       for (long h = kv * group; h < (g.per_head ? kv * group + 1 : (kv + 1) * group); h++) {
         const Chunk c = attend(pieces.piece[n], h, mine);
         for (long r = 0; r < c.rows; r++) join(at + b * p.heads * p.q_len + query_of(c, r), mine.rows.o + r * wide, mine.rows.most_seen[r], mine.rows.sum[r]);

@@ -11,7 +11,9 @@ inline Shows shows_listed(const Chunk& c, const std::int64_t* list, long count, 
   const std::uint8_t* valid = p.visible.valid ? p.visible.valid + (p.visible.valid_batch > 1 ? c.b : 0) * p.kv_len : nullptr;
   std::int64_t first = list[0], last = list[0];
   std::uint64_t real = 0;
+  bool run = true;  // positions that follow each other
   for (long j = 0; j < count; j++) {
+    run = run && list[j] == list[0] + j;
     first = least(first, list[j]);
     last = most(last, list[j]);
     real |= (std::uint64_t)(!valid || valid[list[j]]) << j;
@@ -19,8 +21,8 @@ inline Shows shows_listed(const Chunk& c, const std::int64_t* list, long count, 
   if (!real || last < c.lo_least || first >= c.hi_most) return Shows::nothing;
   if (real == ~std::uint64_t(0) && !c.blind_rows && first >= c.lo_most && last < c.hi_least) return Shows::all;
   for (long i = 0; i < c.per_head; i++) {
-    std::uint64_t seen = 0;
-    for (long j = 0; j < count; j++) seen |= (std::uint64_t)(list[j] >= c.lo[i] && list[j] < c.hi[i]) << j;
+    std::uint64_t seen = run ? ones(c.hi[i] - first) & ~ones(c.lo[i] - first) : 0;
+    for (long j = 0; j < count && !run; j++) seen |= (std::uint64_t)(list[j] >= c.lo[i] && list[j] < c.hi[i]) << j;
     bits[i * stride] = seen & real;
   }
   return Shows::some;
