@@ -47,6 +47,29 @@ def tune_block(name: str, picture: bool) -> str:
     return "\n".join(lines)
 
 
+def methods_block(name: str) -> str:
+    """How the search methods of one ``foveal tune --method all`` compare."""
+    results = load(name)
+    where = results["provenance"]
+    lines = [
+        "| method | its best | density | prefill × | decode × | ppl | ppl, cached decode | |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in results["methods"]["rows"]:
+        lines.append(
+            f"| {row['method']} | {row['name']} | {row['density']:.2f} | {row['prefill_speedup']:.2f} | {row['decode_speedup']:.2f} "
+            f"| {row['ppl_increase']:+.2%} | {row['decode_ppl_increase']:+.2%} | {row['verdict']} |"
+        )
+    lines += [
+        "",
+        f"**{results['methods']['said']}** {results['why']}",
+        "",
+        f"SmolLM2-135M-Instruct at {results['context']:,} tokens, {results['dtype']}, {results['text']['name']}. {_machine(results['machine'])}, "
+        f"torch {where['torch']}, transformers {where['transformers']}, {where['date'][:10]}. Source: `benchmarks/results/{name}.json`.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def _hits(row: dict[str, Any]) -> str:
     hits = row["needle_hits"]
     return f"{sum(bool(hit) for _, hit in hits)}/{len(hits)}"
@@ -223,6 +246,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "native-listed": listed_block(),
             "tune-8192": tune_block("tune_smollm2_8192_bf16", False),
         },
+        "docs/tune.md": {"tune-methods": methods_block("tune_smollm2_4096_methods")},
         "docs/hylra.md": {"tune-hylra": tune_block("tune_smollm2_8192_bf16_hylra", False)},
     }
 
