@@ -84,12 +84,15 @@ def _kinds(a: _Runs, b: _Runs, limit: int) -> Tensor:
     """Tile kinds of query blocks ``a`` (runs ``(n, 1, R)``) with key blocks ``b`` (runs ``(m, S)``)."""
     ay, a0, a1, a_real = (t[..., None] for t in (a.y, a.first, a.last, a.real))  # (n, 1, R, 1)
     by, b0, b1, b_real = (t[None, :, None] for t in (b.y, b.first, b.last, b.real))  # (1, m, 1, S)
-    down = (ay - by) ** 2
-    gap = torch.maximum(b0 - a1, a0 - b1).clamp(min=0)
+    down = ay - by
+    down *= down  # integers are slow to raise to a power
+    gap = torch.maximum(b0 - a1, a0 - b1).clamp_(min=0)
+    gap *= gap
     reach = torch.maximum(b1 - a0, a1 - b0)
+    reach *= reach
     real = a_real & b_real
-    nearest = torch.where(real, down + gap**2, _FAR).flatten(2).amin(-1)
-    farthest = torch.where(real, down + reach**2, -1).flatten(2).amax(-1)
+    nearest = torch.where(real, gap.add_(down), _FAR).flatten(2).amin(-1)
+    farthest = torch.where(real, reach.add_(down), -1).flatten(2).amax(-1)
     touches = (nearest < limit) | a.text[:, None] | b.text[None]
     kinds = touches.to(torch.int8) * PARTIAL
     kinds[touches & (farthest < limit)] = FULL
