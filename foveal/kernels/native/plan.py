@@ -102,7 +102,7 @@ def _member_tensor(
     groups: Groups, heads: int, kv_heads: int, q_len: int, kv_len: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     sizes = groups.cu_q.numel() - 1, groups.q_index.numel(), groups.k_index.numel()
-    often = int(groups.q_index.unique(return_counts=True)[1].max()) > 1 if groups.q_index.numel() else False
+    often = int(groups.q_index.bincount().max()) > 1 if groups.q_index.numel() else False
     combine = (SOFTMAX if groups.combine == "softmax" else APART) if often else ONE
     per_row = q_len * heads if groups.per_head else q_len
     owner = torch.zeros(sizes[0], dtype=torch.int64)  # batch row, or key head of all batch rows, of a group with rows
