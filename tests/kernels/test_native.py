@@ -262,7 +262,7 @@ def test_groups_on_every_instruction_set(isa: str, combine: str, per_head: bool)
 
 
 def test_joint_groups_longer_and_shorter_than_what_is_packed_at_once(isa: str) -> None:
-    """Some rows see a long group between two turns of a short one: its keys are packed anew, and the short one's again."""
+    """A long group, packed block by block, between two that are packed whole and share rows with it."""
     rows, keys = (
         [torch.arange(150), torch.arange(200), torch.arange(40, 140)],
         [torch.arange(60), torch.arange(700), torch.arange(188, 700)],

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 DIM, DEPTH, HEADS = 128, 4, 8
 NAMES, COLORS, THINGS, MODULUS = 12, 6, 6, 20
-BATCH, TRAINING, LR = {"ioi": 24, "colored_objects": 48, "successor": 8}, 1500, 3e-3
+BATCH, TRAINING, LR, INIT = {"ioi": 24, "colored_objects": 32, "successor": 8, "copy": 16}, 3000, 1e-3, 0.08
 LONGEST = 18
+"""Tokens of every training row; ``copy`` repeats half as many."""
 PROMPTS, SHARE, SEEDS, DRAWS = 128, 0.1, 5, 1000
 LEARNED = 0.9
 """A seed whose model answers less than this of any task does not count: its circuits say nothing about answers."""
@@ -91,20 +92,28 @@ def decoder(seed: int) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=DIM, intermediate_size=2 * DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-            num_key_value_heads=HEADS, max_position_embeddings=32,
+            num_key_value_heads=HEADS, max_position_embeddings=32, initializer_range=INIT,
         )
     )  # fmt: skip
 
 
 def lesson(task: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Training rows ``(batch, LONGEST)`` and which of their tokens are answers; Colored Objects asks for all three things in turn."""
+    """Training rows ``(batch, LONGEST)`` and which of their tokens are answers; Colored Objects asks for all three things in any order.
+
+    ``copy`` shows random tokens twice: the way to look a token's neighbour up, without which Colored Objects is hardly learned.
+    """
+    if task == "copy":
+        half = _distinct(batch, NUMBER, LONGEST // 2, generator)
+        answer = torch.arange(LONGEST) > LONGEST // 2
+        return torch.cat([half, half], 1), answer.expand(batch, -1)
     pairs = draw(task, batch, generator)
     ids = torch.cat([pairs.clean, pairs.correct[:, None]], 1)
     answer = torch.zeros_like(ids, dtype=torch.bool)
     answer[:, -1] = True
     if task == "colored_objects":
         listed, first = ids[:, :6], (ids[:, 1:6:2] == ids[:, 7:8]).int().argmax(1, keepdim=True)
-        for step in (1, 2):
+        turn = torch.randint(1, 3, (batch, 1), generator=generator)
+        for step in (turn, 3 - turn):
             other = 2 * ((first + step) % 3)
             ask = [_constant(batch, ASK), listed.gather(1, other + 1), _constant(batch, IS), listed.gather(1, other)]
             ids = torch.cat([ids, *ask], 1)
@@ -113,7 +122,7 @@ def lesson(task: str, batch: int, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def trained(seed: int) -> PreTrainedModel:
-    """One decoder that has learned all three tasks."""
+    """One decoder trained on all three tasks, and on copying."""
     model = decoder(seed)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
