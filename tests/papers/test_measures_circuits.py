@@ -54,7 +54,9 @@ def test_lessons_ask_for_every_thing_once():
         assert sorted(asked) == sorted(colors) and [colors[thing] for thing in asked] == row[at].tolist()
     ids, answer = circuit_reuse.lesson("copy", 30, torch.Generator().manual_seed(1))
     half = circuit_reuse.LONGEST // 2
-    assert torch.equal(ids[:, :half], ids[:, half:]) and answer[0].nonzero()[:, 0].tolist() == [*range(half + 1, 2 * half)]
+    assert torch.equal(ids[:, :half], ids[:, half:]) and answer[0].nonzero()[:, 0].tolist() == [
+        *range(half + 1, 2 * half)
+    ]
 
 
 def test_circuit_measure(monkeypatch, tmp_path):
