@@ -130,7 +130,9 @@ inline Vec exp2(Vec x) {
   Vec n = _mm256_floor_ps(x), f = sub(x, n);
   Vec p = polynomial<quick>(f);
   __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return mul(p, _mm256_castsi256_ps(e));
+  Vec y = mul(p, _mm256_castsi256_ps(e));
+  asm("" : "+x"(y));  // a caller's sum must not take the product in without its rounding: the same weights for every caller
+  return y;
 }
 
 #else  // portable: the compiler's own vectors of 16 bytes (SSE2, NEON, …)
