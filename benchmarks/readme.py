@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "img" / "tune_pareto.png"
 def tune_block(name: str, picture: bool) -> str:
     """The table of one ``foveal tune`` run, with its provenance."""
     results = load(name)
-    base, machine = results["baseline"], results["machine"]
+    base = results["baseline"]
     lines = [f"![Speed against loss]({PICTURE.relative_to(ROOT).as_posix()})", ""] if picture else []
     lines += [
         f"**{results['why']}**",
@@ -36,21 +36,26 @@ def tune_block(name: str, picture: bool) -> str:
             f"| {mark}{row['name']}{mark} | {row['density']:.2f} | {row['prefill_speedup']:.2f} | {row['decode_speedup']:.2f} | {peak} "
             f"| {row['ppl_increase']:+.2%} | {row['decode_ppl_increase']:+.2%} | {row['kl']:.4f} | {_hits(row)} | {row['verdict']} |"
         )
+    between = (
+        f"; baseline prefill {base['prefill_s']:.1f} s, decode {base['decode_tok_s']:.1f} tokens/s; "
+        f"× is the speed-up over transformers' own `{base['name']}`"
+    )
+    return "\n".join([*lines, "", _tuned(name, results, between)])
+
+
+def _tuned(name: str, results: dict[str, Any], between: str = "") -> str:
+    """Where the figures of one ``foveal tune`` run come from."""
     where = results["provenance"]
-    lines += [
-        "",
-        f"SmolLM2-135M-Instruct at {results['context']:,} tokens, {results['dtype']}, {results['text']['name']}; baseline prefill {base['prefill_s']:.1f} s, "
-        f"decode {base['decode_tok_s']:.1f} tokens/s; × is the speed-up over transformers' own `{base['name']}`. {_machine(machine)}, "
-        f"torch {where['torch']}, transformers {where['transformers']}, {where['date'][:10]}. "
-        f"Source: `benchmarks/results/{name}.json`.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"SmolLM2-135M-Instruct at {results['context']:,} tokens, {results['dtype']}, {results['text']['name']}{between}. "
+        f"{_machine(results['machine'])}, torch {where['torch']}, transformers {where['transformers']}, {where['date'][:10]}. "
+        f"Source: `benchmarks/results/{name}.json`."
+    )
 
 
 def methods_block(name: str) -> str:
     """How the search methods of one ``foveal tune --method all`` compare."""
     results = load(name)
-    where = results["provenance"]
     lines = [
         "| method | its best | density | prefill × | decode × | ppl | ppl, cached decode | |",
         "|---|---|---:|---:|---:|---:|---:|---|",
@@ -60,14 +65,8 @@ def methods_block(name: str) -> str:
             f"| {row['method']} | {row['name']} | {row['density']:.2f} | {row['prefill_speedup']:.2f} | {row['decode_speedup']:.2f} "
             f"| {row['ppl_increase']:+.2%} | {row['decode_ppl_increase']:+.2%} | {row['verdict']} |"
         )
-    lines += [
-        "",
-        f"**{results['methods']['said']}** {results['why']}",
-        "",
-        f"SmolLM2-135M-Instruct at {results['context']:,} tokens, {results['dtype']}, {results['text']['name']}. {_machine(results['machine'])}, "
-        f"torch {where['torch']}, transformers {where['transformers']}, {where['date'][:10]}. Source: `benchmarks/results/{name}.json`.",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    said = f"**{results['methods']['said']}** {results['why']}"
+    return "\n".join([*lines, "", said, "", _tuned(name, results)])
 
 
 def _hits(row: dict[str, Any]) -> str:
