@@ -23,7 +23,7 @@ dense: about 34 % of dense's keys in all."""
 def choice(settings: ChunkSettings) -> BlockTopK:
     """What a computing layer keeps: for every query head its own blocks by mean keys, a quarter of the profile's chunk long.
 
-    The mean of a whole chunk, one list for all heads of a group, says too little about the keys in it (docs/hylra.md).
+    The mean of a whole chunk, one list for all heads of a group, says too little about the keys in it.
     """
     return BlockTopK(
         Budget(density=KEPT), q_block=max(1, settings.chunk // 2), kv_block=max(1, settings.chunk // 4), local=settings.recent
