@@ -135,33 +135,41 @@ class Groups:
         q_top = batch * (num_heads if self.per_head else 1) * q_len
         k_top = batch * (num_kv_heads if self.per_head else 1) * kv_len
         for name, index, top in (("q_index", self.q_index, q_top), ("k_index", self.k_index, k_top)):
-            if index.numel() and (int(index.max()) >= top or int(index.min()) < 0):
-                raise ShapeError(f"Groups.{name} spans {int(index.min())}…{int(index.max())}; expected 0…{top - 1}.")
-        owners = []
-        for name, cu, index, per_unit in (
-            ("q_index", self.cu_q, self.q_index, q_len),
-            ("k_index", self.cu_k, self.k_index, kv_len),
-        ):
-            group = torch.repeat_interleave(torch.arange(cu.numel() - 1, device=cu.device), cu.diff())
-            ordered = (group * (q_top + k_top) + index).sort().values
-            if bool((ordered[1:] == ordered[:-1]).any()):
+            low, high = (int(x) for x in torch.aminmax(index)) if index.numel() else (0, -1)
+            if low < 0 or high >= top:
+                raise ShapeError(f"Groups.{name} spans {low}…{high}; expected 0…{top - 1}.")
+        for name, cu, index in (("q_index", self.cu_q, self.q_index), ("k_index", self.cu_k, self.k_index)):
+            if self._repeats(cu, index, q_top + k_top):
                 raise ShapeError(
                     f"Groups.{name} repeats a row inside one group; list each query and key of a group once."
                 )
-            unit = index // max(per_unit, 1)
-            if self.per_head and name == "q_index":  # query heads that share a key head may share a group
-                unit = unit // num_heads * num_kv_heads + unit % num_heads // (num_heads // num_kv_heads)
-            owners.append((group, unit))
-        group, unit = (torch.cat(both) for both in zip(*owners, strict=True))
-        first = torch.full((self.cu_q.numel() - 1,), batch * num_heads, device=unit.device).scatter_reduce(
-            0, group, unit, "amin"
-        )
-        strangers = (unit != first[group]).nonzero()
-        if strangers.numel():
-            raise ShapeError(
-                f"Groups: group {int(group[strangers[0]])} joins queries and keys of different {'key heads' if self.per_head else 'batch rows'}; "
-                "make one group for each."
-            )
+        unit_q, unit_k = self.q_index // max(q_len, 1), self.k_index // max(kv_len, 1)
+        if self.per_head:  # query heads that share a key head may share a group
+            unit_q = unit_q // num_heads * num_kv_heads + unit_q % num_heads // (num_heads // num_kv_heads)
+        n_q, n_k = self.cu_q.diff(), self.cu_k.diff()
+        home = torch.zeros_like(n_q)  # of a group's first query, or first key where it has no query
+        for n, cu, unit in ((n_k, self.cu_k, unit_k), (n_q, self.cu_q, unit_q)):
+            if unit.numel():
+                home = torch.where(n > 0, unit[cu[:-1].clamp(max=unit.numel() - 1)], home)
+        for n, unit in ((n_q, unit_q), (n_k, unit_k)):
+            strangers = unit != torch.repeat_interleave(home, n)
+            if bool(strangers.any()):
+                of = torch.repeat_interleave(torch.arange(n.numel(), device=n.device), n)
+                raise ShapeError(
+                    f"Groups: group {int(of[strangers][0])} joins queries and keys of different {'key heads' if self.per_head else 'batch rows'}; "
+                    "make one group for each."
+                )
+
+    def _repeats(self, cu: Tensor, index: Tensor, top: int) -> bool:
+        """Whether a group lists a row below ``top`` twice."""
+        falls = index[1:] <= index[:-1]
+        starts = cu[1:-1]
+        falls[starts[(starts > 0) & (starts < index.numel())] - 1] = False  # from one group to the next
+        if not bool(falls.any()):
+            return False  # lists that rise, as patterns make them, need no sorting
+        group = torch.repeat_interleave(torch.arange(cu.numel() - 1, device=cu.device), cu.diff())
+        ordered = (group * top + index).sort().values
+        return bool((ordered[1:] == ordered[:-1]).any())
 
 
 Layout = BlockMask | KeySelection | Groups

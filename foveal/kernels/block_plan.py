@@ -52,19 +52,23 @@ class _Tiles:
     """Everything about the tiles of one call that does not depend on q, k, v.
 
     Attributes:
-        size: ``(q_block, kv_block)``. shared: query heads of a key head agree, so a tile is gathered once for all of them.
-        rows: ``(T,)`` tile rows ``(b · row_heads + h) · nqb + u``, sorted by (whole, cut).
+        size: ``(q_block, kv_block)``.
+        b, u: ``(T,)`` batch row and number of every tile row, sorted by (whole, cut).
+        heads: ``(T, G)`` its query heads: more than one where those of a key head agree, so that a tile is gathered once for all.
         order: ``(T, nkb)`` int32 key tiles of these rows, whole ones first, then cut ones.
         runs: ``(whole, cut, start, end)`` of every group of rows.
         cuts: the conditions that cut tiles.
+        slots: for every condition with a table, per run ``(rows, G or 1, cut tiles)`` entries of it.
     """
 
     size: tuple[int, int]
-    shared: bool
-    rows: Tensor
+    b: Tensor
+    u: Tensor
+    heads: Tensor
     order: Tensor
     runs: list[tuple[int, int, int, int]]
     cuts: list[_Cut]
+    slots: list[list[Tensor]]
 
 
 def block_size(call: AttentionCall, mask: BlockMask | None) -> tuple[int, int]:
@@ -86,7 +90,8 @@ def block_plan(call: AttentionCall, mask: BlockMask | None, budget: int) -> Plan
         call.base.cache[memo] = found = (mask, _tiles(call, mask))
     tiles: _Tiles = found[1]
     reads = sum((whole + cut) * (end - start) for whole, cut, start, end in tiles.runs) * tiles.size[1]
-    return Plan(lambda: _batches(call, tiles, budget), *tiles.size, key_reads=reads)
+    covers = sum(end - start for *_, start, end in tiles.runs) == tiles.u.numel()
+    return Plan(lambda: _batches(call, tiles, budget), *tiles.size, key_reads=reads, covers=covers)
 
 
 def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
@@ -104,17 +109,24 @@ def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
     own = kinds.view(kinds.shape[0], kv_heads, group, nqb, nkb) if kinds.shape[1] > 1 else kinds[:, :, None]
     shared = group > 1 and (kinds.shape[1] == 1 or bool((own == own[:, :, :1]).all()))
     step = group if shared and kinds.shape[1] > 1 else 1
-    per_row = joint[:, ::step].expand(batch, kv_heads if shared else heads, nqb, nkb).reshape(-1, nkb)
-    code = (per_row == FULL).sum(-1) * (nkb + 1) + (per_row == PARTIAL).sum(-1)
+    of_rows = joint[:, ::step].expand(batch, kv_heads if shared else heads, nqb, nkb).reshape(-1, nkb)
+    code = (of_rows == FULL).sum(-1) * (nkb + 1) + (of_rows == PARTIAL).sum(-1)
     rows = torch.argsort(code, stable=True)
-    order = torch.argsort(per_row[rows], dim=-1, descending=True, stable=True).to(torch.int32)
+    order = torch.argsort(of_rows[rows], dim=-1, descending=True, stable=True).to(torch.int32)
     values, counts = torch.unique_consecutive(code[rows], return_counts=True)
     runs, start = [], 0
     for value, count in torch.stack([values, counts], -1).tolist():
         if value:
             runs.append((*divmod(value, nkb + 1), start, start + count))
         start += count
-    return _Tiles(size, shared, rows, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end))
+    per_row = group if shared else 1
+    line = torch.div(rows, nqb, rounding_mode="floor")
+    u, b, h = rows % nqb, torch.div(line, heads // per_row, rounding_mode="floor"), line % (heads // per_row)
+    own_heads = (h * per_row)[:, None] + torch.arange(per_row, device=rows.device)
+    tiles = _Tiles(size, b, u, own_heads, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end), [])
+    for cut in tiles.cuts:
+        tiles.slots.append([_at(cut, tiles, cut.slot, run) for run in runs] if cut.slot is not None else [])
+    return tiles
 
 
 def _mask_kinds(mask: BlockMask, base: BaseMask) -> Tensor:
@@ -216,26 +228,40 @@ def _hidden(
     return hidden.expand(torch.broadcast_shapes(hidden.shape, q.shape, k.shape))
 
 
-def _hide(call: AttentionCall, tiles: _Tiles, b: Tensor, head: Tensor, u: Tensor, t: Tensor) -> Tensor | None:
-    """What is hidden in cut tiles, ``(R, G or 1, q_block, cut tiles, kv_block)``.
+def _at(cut: _Cut, tiles: _Tiles, of: Tensor, run: tuple[int, int, int, int]) -> Tensor:
+    """What ``of`` ``(B or 1, H or 1, nqb, nkb)`` holds for the cut tiles of a run of rows, ``(rows, G or 1, cut tiles)``."""
+    whole, count, start, end = run
+    b, u, heads = tiles.b[start:end, None, None], tiles.u[start:end, None, None], tiles.heads[start:end, :, None]
+    heads = heads if cut.reads_head else heads[:, :1]  # G > 1 only when all query heads of the row have the same tiles
+    t = tiles.order[start:end, None, whole : whole + count]
+    return of[
+        b if of.shape[0] > 1 else torch.zeros_like(b), heads if of.shape[1] > 1 else torch.zeros_like(heads), u, t
+    ]
 
-    Args:
-        b, u: ``(R, 1, 1)`` batch row and tile row. head: ``(R, G, 1)`` query heads. t: ``(R, 1, cut tiles)`` key tiles.
-    """
+
+def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice) -> Tensor | None:
+    """What is hidden in the cut tiles of rows ``part`` of a run, ``(R, G or 1, q_block, cut tiles, kv_block)``."""
     hidden = None
-    for cut in tiles.cuts:
-        of = cut.active if cut.slot is None else cut.slot
-        where_b = b if of.shape[0] > 1 else torch.zeros_like(b)
-        heads = (
-            head if cut.reads_head else head[:, :1]
-        )  # G > 1 only when all query heads of the row have the same tiles
-        where = of[where_b, heads if of.shape[1] > 1 else torch.zeros_like(heads), u, t]
+    for cut, slots in zip(tiles.cuts, tiles.slots, strict=True):
         if cut.table is not None:
-            part = cut.table.index_select(0, where.flatten()).unflatten(0, where.shape)
+            where = slots[run][part]
+            found = cut.table.index_select(0, where.flatten()).unflatten(0, where.shape)
         else:
-            one_b, one_h, one_u, one_t = (i[..., None, None] for i in (b, heads, u, t))
-            part = _hidden(call.base, cut.mod, one_b, one_h, one_u, one_t, tiles.size) & where[..., None, None]
-        hidden = part if hidden is None else _either(hidden, part)
+            whole, count, first, _ = tiles.runs[run]
+            rows = slice(first + part.start, first + part.stop)
+            heads = tiles.heads[rows, :, None, None, None]
+            pairs = _hidden(
+                call.base,
+                cut.mod,
+                tiles.b[rows, None, None, None, None],
+                heads if cut.reads_head else heads[:, :1],
+                tiles.u[rows, None, None, None, None],
+                tiles.order[rows, None, whole : whole + count, None, None],
+                tiles.size,
+            )
+            active = _at(cut, tiles, cut.active, (whole, count, rows.start, rows.stop))
+            found = pairs & active[..., None, None]
+        hidden = found if hidden is None else _either(hidden, found)
     return None if hidden is None else hidden.transpose(2, 3)
 
 
@@ -252,29 +278,25 @@ def _either(a: Tensor, b: Tensor) -> Tensor:
 def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]:
     base, device = call.base, call.q.device
     q_block, kv_block = tiles.size
-    heads, kv_heads, group = call.q.shape[1], call.k.shape[1], call.groups
+    heads, kv_heads, per_row = call.q.shape[1], call.k.shape[1], tiles.heads.shape[1]
     nqb, nkb = -(-base.q_len // q_block), tiles.order.shape[1]
-    row_heads, per_row = (kv_heads, group) if tiles.shared else (heads, 1)
-    u, bh = tiles.rows % nqb, torch.div(tiles.rows, nqb, rounding_mode="floor")
-    b, h = torch.div(bh, row_heads, rounding_mode="floor"), bh % row_heads
-    head = (h * per_row)[:, None] + torch.arange(per_row, device=device)  # (T, G) query heads
-    q_rows = ((b * heads)[:, None] + head) * nqb + u[:, None]
-    k_first = (b * kv_heads + (h if tiles.shared else torch.div(h, group, rounding_mode="floor"))) * nkb
-    for whole, cut, start, end in tiles.runs:
+    q_rows = ((tiles.b * heads)[:, None] + tiles.heads) * nqb + tiles.u[:, None]
+    k_first = (tiles.b * kv_heads + torch.div(tiles.heads[:, 0], call.groups, rounding_mode="floor")) * nkb
+    for run, (whole, cut, start, end) in enumerate(tiles.runs):
         count = whole + cut
         k_rows = k_first[start:end, None] + tiles.order[start:end, :count]
         for part in split_rows(end - start, per_row * q_block * count * kv_block, budget):
             at = slice(start + part.start, start + part.stop)
-            index = tiles.order[at, :count]
             hide = bias = None
             if cut:
-                hidden = _hide(
-                    call, tiles, b[at, None, None], head[at, :, None], u[at, None, None], index[:, None, whole:]
-                )
+                hidden = _hide(call, tiles, run, part)
                 hide = None if hidden is None else (whole * kv_block, hidden)
             if call.bias is not None:
-                q_pos = u[at, None, None, None, None] * q_block + torch.arange(q_block, device=device)[:, None, None]
+                index = tiles.order[at, :count]
+                q_pos = (
+                    tiles.u[at, None, None, None, None] * q_block + torch.arange(q_block, device=device)[:, None, None]
+                )
                 k_pos = (index[:, :, None] * kv_block + torch.arange(kv_block, device=device))[:, None, None]
-                column = relative_index(call, q_pos, k_pos) + head[at, :, None, None, None] * call.bias.shape[1]
+                column = relative_index(call, q_pos, k_pos) + tiles.heads[at, :, None, None, None] * call.bias.shape[1]
                 bias = column.reshape(index.shape[0], per_row * q_block, -1)
             yield Batch(q_rows[at], k_rows[part], hide, bias)

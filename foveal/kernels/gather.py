@@ -6,19 +6,17 @@ Only kept blocks, keys or groups are gathered; everything else costs nothing. Ea
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from ..core.layouts import BlockMask, Groups, KeySelection
 from .block_plan import block_plan
 from .call import AttentionCall, compute_dtype
-from .group_plan import average, direct_plan, group_plan
+from .group_plan import average, direct_plan, group_plan, member_plan, owners
 from .list_plan import list_plan, one_row
 from .merged import attend_merged
 from .ragged import attend_rows
-from .rows import Plan, Scores
+from .rows import Scores
 
 CPU_SCORES = 1 << 19
 """Score elements per batch on CPU: a float32 buffer of this size fits the second-level caches of two cores."""
@@ -89,20 +87,15 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     if direct is not None:
         out, lse = attend_rows(_flat(call.q), _flat(call.k), _flat(call.v), direct, _scores(call), call.bias)
         return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
-    owner, plan = group_plan(call, layout, _budget(call.q.device))
-    total = batch * heads * q_len
     spare = call.q.new_zeros(
         1, call.q.shape[3]
     )  # takes what pads a bucket; its logits are 0, and nobody reads its output
     k, v = _flat(call.k), _flat(call.v)
     if layout.combine == "softmax":
-        q = torch.cat([_flat(call.q), spare])
-        rows = torch.cat([owner, owner.new_full((1,), total)])
-        merged = Plan(
-            lambda: (replace(b, q_rows=rows[b.q_rows]) for b in plan.batches()), key_reads=plan.key_reads, repeats=True
-        )
-        out, lse = attend_merged(q, k, v, merged, _scores(call), call.bias)
+        plan = group_plan(call, layout, _budget(call.q.device))
+        out, lse = attend_merged(torch.cat([_flat(call.q), spare]), k, v, plan, _scores(call), call.bias)
         return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
-    q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row
+    q = torch.cat([_flat(call.q)[owners(call, layout)], spare])  # each membership of a query in a group is one row
+    plan = member_plan(call, layout, _budget(call.q.device))
     out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias)
     return average(call, layout, out[:-1], lse[:-1])

@@ -13,16 +13,44 @@ from torch import Tensor
 from ..core.base_mask import BaseMask
 from ..core.layouts import Groups
 from .call import AttentionCall, relative_index
-from .rows import Batch, Plan, split_rows
+from .rows import Batch, Plan, penalties, split_rows
 
 
-def group_plan(call: AttentionCall, layout: Groups, budget: int) -> tuple[Tensor, Plan]:
-    """``owner``: flattened query row of every membership; and the plan over memberships, bucketed by size.
+def group_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan:
+    """The plan for ``combine="softmax"``: rows of the flattened q, each as often as it is in a group; pieces bucketed by size.
 
-    The plan writes one row more than there are memberships: the spare row takes what pads a bucket.
+    The spare row after the last one takes what pads a bucket.
     """
-    reads = layout.k_index.numel() * (1 if layout.per_head else call.q.shape[1])
-    return owners(call, layout), Plan(lambda: _batches(call, layout, budget), key_reads=reads)
+    heads, q_len = call.q.shape[1], call.base.q_len
+
+    def batches() -> Iterator[Batch]:
+        return _batches(call, layout, budget, _Numbering(call.q.shape[0] * heads * q_len, q_len))
+
+    return Plan(batches, key_reads=_reads(call, layout), repeats=True)
+
+
+def member_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan:
+    """The plan for ``combine="mean"``: memberships in the order of :func:`owners`, each a row of its own; and the spare row."""
+    members = layout.q_index.numel()
+    copies = 1 if layout.per_head else call.q.shape[1]
+
+    def batches() -> Iterator[Batch]:
+        return _batches(call, layout, budget, _Numbering(copies * members, members, of_members=True))
+
+    return Plan(batches, key_reads=_reads(call, layout))
+
+
+def _reads(call: AttentionCall, layout: Groups) -> int:
+    return layout.k_index.numel() * (1 if layout.per_head else call.q.shape[1])
+
+
+@dataclass(frozen=True)
+class _Numbering:
+    """What the rows of a plan count: ``spare`` is their number, ``step`` lies between the heads that share groups."""
+
+    spare: int
+    step: int
+    of_members: bool = False
 
 
 def owners(call: AttentionCall, layout: Groups) -> Tensor:
@@ -152,16 +180,31 @@ def _pieces(layout: Groups, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     return group, layout.cu_q[group] + first, torch.minimum(n_q[group] - first, most[group])
 
 
-def _batches(call: AttentionCall, layout: Groups, budget: int) -> Iterator[Batch]:
-    base, device = call.base, call.q.device
-    heads, kv_heads, group = call.q.shape[1], call.k.shape[1], call.groups
-    q_len, kv_len = base.q_len, base.kv_len
-    copies, members = 1 if layout.per_head else heads, layout.q_index.numel()
+def _batches(call: AttentionCall, layout: Groups, budget: int, rows: _Numbering) -> Iterator[Batch]:
+    heads, group = call.q.shape[1], call.groups
+    for m, w, pieces in _buckets(layout, budget):
+        bucket = _bucket(call, layout, rows, *pieces, m, w)
+        for part in split_rows(pieces[0].numel(), m * w, budget):
+            hidden = _hidden(call.base, bucket, part)
+            hide = None if hidden is None else (0, hidden[:, None])
+            for h in range(1 if layout.per_head else heads):
+                q_rows, k_rows, bias = bucket.q_rows[part], bucket.k_rows[part], None
+                if h:
+                    q_rows = (q_rows + h * rows.step).clamp_(max=rows.spare)
+                    k_rows = k_rows + h // group * call.base.kv_len
+                if call.bias is not None:
+                    head = bucket.h[part] if layout.per_head else torch.full_like(q_rows, h)
+                    column = relative_index(call, bucket.i[part, :, None], bucket.j[part, None, :])
+                    bias = column + head[:, :, None] * call.bias.shape[1]
+                yield Batch(q_rows, k_rows, hide, bias)
+
+
+def _buckets(layout: Groups, budget: int) -> Iterator[tuple[int, int, tuple[Tensor, Tensor, Tensor]]]:
+    """Pieces of the same rounded numbers ``(queries, keys)``: their groups, their first memberships and their rows."""
     of, first_q, n_q = _pieces(layout, budget)
     if of.numel() == 0:
         return
-    n_k = layout.cu_k.diff()[of]
-    width_q, width_k = _rounded(n_q), _rounded(n_k)
+    width_q, width_k = _rounded(n_q), _rounded(layout.cu_k.diff()[of])
     code = width_q * (width_k.max() + 1) + width_k
     order = torch.argsort(code, stable=True)
     _, counts = torch.unique_consecutive(code[order], return_counts=True)
@@ -170,48 +213,99 @@ def _batches(call: AttentionCall, layout: Groups, budget: int) -> Iterator[Batch
     for m, w, count in torch.stack([width_q[first], width_k[first], counts], -1).tolist():
         chosen = order[start : start + count]
         start += count
-        slot_q, slot_k = torch.arange(m, device=device), torch.arange(w, device=device)
-        for part in split_rows(count, m * w, budget):
-            g = chosen[part]
-            ok_q, ok_k = slot_q < n_q[g, None], slot_k < n_k[g, None]
-            at_q = (first_q[g, None] + slot_q).where(ok_q, members)
-            at_k = layout.k_index[(layout.cu_k[of[g], None] + slot_k).where(ok_k, 0)]
-            ids = layout.q_index[at_q.clamp(max=members - 1)]
-            i, j = ids % q_len, at_k % kv_len
-            b = ids // (q_len * (heads if layout.per_head else 1))
-            hidden = _hidden(base, b, i, j, ok_q, ok_k)
-            hide = None if hidden is None else (0, hidden[:, None])
-            for h in range(copies):
-                rows_q = (at_q + h * members).where(ok_q, copies * members)
-                rows_k = at_k if layout.per_head else ((at_k // kv_len) * kv_heads + h // group) * kv_len + j
-                bias = None
-                if call.bias is not None:
-                    head = (ids // q_len) % heads if layout.per_head else torch.full_like(ids, h)
-                    bias = relative_index(call, i[:, :, None], j[:, None, :]) + head[:, :, None] * call.bias.shape[1]
-                yield Batch(rows_q, rows_k, hide, bias)
+        yield m, w, (of[chosen], first_q[chosen], n_q[chosen])
 
 
-def _hidden(base: BaseMask, b: Tensor, i: Tensor, j: Tensor, ok_q: Tensor, ok_k: Tensor) -> Tensor | None:
-    """``(R, m, w)`` bool, True hides; None when every pair is visible. Whole intervals are compared before single pairs.
+@dataclass(frozen=True, eq=False)
+class _Bucket:
+    """Pieces of one shape ``(m, w)``; what a common head does not change is worked out for all of them at once.
 
-    Args:
-        b, i, ok_q: ``(R, m)`` batch row and query row of each slot, and whether the slot is used.
-        j, ok_k: ``(R, w)`` key of each slot, and whether it is used.
+    Attributes:
+        q_rows: ``(count, m)`` rows of the plan, of head 0 where heads share the groups; slots that pad are the spare one.
+        k_rows: ``(count, w)`` rows of the flattened k, of head 0 where heads share the groups.
+        b, h, i: ``(count, m)`` batch row, head (0 where heads share the groups) and query row of each slot.
+        j: ``(count, w)`` key of each slot.
+        full_q, full_k: ``(count, m)`` and ``(count, w)``, whether the slot is used.
+        bounds: where comparing ``j`` is enough, see :func:`_bounds`.
     """
-    if base.predicate is not None or i.device.type != "cpu":
-        seen = base.allowed(b[:, :, None], torch.zeros_like(b)[:, :, None], i[:, :, None], j[:, None, :])
-        return ~(seen & ok_q[:, :, None] & ok_k[:, None, :])
+
+    q_rows: Tensor
+    k_rows: Tensor
+    b: Tensor
+    h: Tensor
+    i: Tensor
+    j: Tensor
+    full_q: Tensor
+    full_k: Tensor
+    bounds: _Bounds | None
+
+
+def _bucket(
+    call: AttentionCall, layout: Groups, rows: _Numbering, of: Tensor, first: Tensor, count: Tensor, m: int, w: int
+) -> _Bucket:
+    base, device, heads, kv_heads = call.base, call.q.device, call.q.shape[1], call.k.shape[1]
+    slot_q, slot_k = torch.arange(m, device=device), torch.arange(w, device=device)
+    full_q, full_k = slot_q < count[:, None], slot_k < layout.cu_k.diff()[of, None]
+    at_q = first[:, None] + slot_q
+    ids = layout.q_index[at_q.clamp(max=layout.q_index.numel() - 1)]
+    at_k = layout.k_index[(layout.cu_k[of, None] + slot_k).where(full_k, 0)]
+    i, j = ids % base.q_len, at_k % base.kv_len
+    line = torch.div(ids, base.q_len, rounding_mode="floor")
+    b, h = torch.div(line, heads, rounding_mode="floor"), line % heads
+    if not layout.per_head:
+        b, h = line, torch.zeros_like(line)
+    own = at_q if rows.of_members else ids if layout.per_head else b * (heads - 1) * base.q_len + ids
+    q_rows = own.where(full_q, rows.spare)
+    k_rows = at_k if layout.per_head else (at_k - j) * kv_heads + j
+    bounds = None
+    if base.predicate is None and device.type == "cpu" and base.kv_len < 1 << 24:  # float32 counts as far as that
+        bounds = _bounds(base, b, i, j, full_q, full_k)
+    return _Bucket(q_rows, k_rows, b, h, i, j, full_q, full_k, bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounds:
+    """Slot ``j`` is visible to a row when ``lo <= j < hi``, in float32: comparisons that give float are vectorised, those that give bool are not.
+
+    Attributes:
+        lo, hi: ``(count, m)``. j: ``(count, w)``, infinite where the slot is hidden from all.
+        cut: per piece, whether a pair of it is hidden. early: whether ``lo`` hides any.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    j: Tensor
+    cut: list[bool]
+    early: bool
+
+
+def _bounds(base: BaseMask, b: Tensor, i: Tensor, j: Tensor, full_q: Tensor, full_k: Tensor) -> _Bounds:
     if base.valid is not None:
-        ok_k = ok_k & base.valid[b[:, :1] if base.valid.shape[0] > 1 else 0, j]
+        full_k = full_k & base.valid[b[:, :1] if base.valid.shape[0] > 1 else 0, j]
+    keys = j.float()
+    if base.plain and not base.causal:
+        none = torch.zeros_like(i, dtype=torch.float32)
+        return _Bounds(none, none + base.kv_len, keys.where(full_k, torch.inf), (~full_k.all(1)).tolist(), False)
     row = b if base.lo.shape[0] > 1 else 0
-    lo, hi = base.lo[row, i], base.hi[row, i]
-    hidden = None if bool(ok_k.all()) else ~ok_k[:, None, :]  # rows that pad are never read, so they may see anything
-    low, high = j.where(ok_k, base.kv_len).amin(1, keepdim=True), j.where(ok_k, -1).amax(1, keepdim=True)
-    after, before = bool(((hi <= high) & ok_q).any()), bool(((lo > low) & ok_q).any())
-    if after:
-        late = j[:, None, :] >= hi[:, :, None]
-        hidden = late if hidden is None else late.logical_or_(hidden)
-    if before:
-        early = j[:, None, :] < lo[:, :, None]
-        hidden = early if hidden is None else early.logical_or_(hidden)
-    return hidden
+    lo, hi = base.lo[row, i].float(), base.hi[row, i].float()
+    low, high = keys.where(full_k, torch.inf).amin(1, keepdim=True), keys.where(full_k, -1.0).amax(1, keepdim=True)
+    early, late = (lo > low) & full_q, (hi <= high) & full_q  # rows that pad are never read, so they may see anything
+    cut = (early | late).any(1) | ~full_k.all(1)
+    return _Bounds(lo, hi, keys.where(full_k, torch.inf), cut.tolist(), bool(early.any()))
+
+
+def _hidden(base: BaseMask, bucket: _Bucket, part: slice) -> Tensor | None:
+    """``(R, m, w)``: True hides, or −inf does; None when every pair is visible."""
+    bounds = bucket.bounds
+    if bounds is None:
+        b, i, j = bucket.b[part, :, None], bucket.i[part, :, None], bucket.j[part, None, :]
+        seen = base.allowed(b, torch.zeros_like(b), i, j)
+        return ~(seen & bucket.full_q[part, :, None] & bucket.full_k[part, None, :])
+    if not any(bounds.cut[part]):
+        return None
+    lo, hi, j = bounds.lo[part, :, None], bounds.hi[part, :, None], bounds.j[part, None, :]
+    hidden = torch.empty(hi.shape[0], hi.shape[1], j.shape[2], device=j.device)
+    torch.ge(j, hi, out=hidden)
+    if bounds.early:
+        hidden.add_(torch.lt(j, lo, out=torch.empty_like(hidden)))
+    return penalties(hidden)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
+from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch, unshifted
 
 
 class _Merged(torch.autograd.Function):
@@ -29,14 +29,20 @@ class _Merged(torch.autograd.Function):
         norm = torch.zeros_like(top)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
+        plain = unshifted(q, k, v, scores, plan, table is not None)
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", q, batch.q_rows, dtype, d)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
-                here = s.amax(-1, keepdim=True)
                 where = batch.q_rows.reshape(-1)
+                if plain:
+                    norm.index_add_(0, where, s.exp2_().sum(-1).view(-1))
+                    part = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype))
+                    total.index_add_(0, where, part.view(-1, dv))
+                    continue
+                here = s.amax(-1, keepdim=True)
                 before = top.index_select(0, where)
                 top.scatter_reduce_(0, where, here.view(-1), "amax")
                 now = top.index_select(0, where)
@@ -48,7 +54,8 @@ class _Merged(torch.autograd.Function):
                 total.index_add_(0, where, part.mul_(factor[:, None]))
                 norm.index_add_(0, where, share.mul_(factor))
         out = total.div_(norm.clamp(min=torch.finfo(dtype).tiny)[:, None]).to(q.dtype)
-        lse = norm.log2_().add_(top).mul_(1 / LOG2_E)
+        lse = norm.log2_() if plain else norm.log2_().add_(top)
+        lse.mul_(1 / LOG2_E)
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.plan, ctx.scores = plan, scores
         return out, lse

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
+from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch, unshifted
 
 
 class _Ragged(torch.autograd.Function):
@@ -29,22 +29,27 @@ class _Ragged(torch.autograd.Function):
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
+        plain, tiny = unshifted(q, k, v, scores, plan, table is not None), torch.finfo(dtype).tiny
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", qf, batch.q_rows, dtype, d)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
-                top = s.amax(-1, keepdim=True)
-                floor = top
-                if batch.hide is not None or batch.bias is not None:
-                    floor = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing gets weights 0, not NaN
-                s.sub_(floor).exp2_()
-                norm = s.sum(-1, keepdim=True).clamp_(min=1.0)  # at least 1 in every row that sees a key
-                og = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype)).div_(norm)
+                top = None
+                if not plain:
+                    top = s.amax(-1, keepdim=True)
+                    blind = batch.hide is not None or batch.bias is not None
+                    # a row that sees nothing gets weights 0, not NaN
+                    s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top)
+                norm = s.exp2_().sum(-1, keepdim=True)
+                og = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype))
+                og.div_(norm.clamp(min=tiny))
                 where = batch.q_rows.reshape(-1)
                 of.index_copy_(0, where, og.view(where.shape[0], -1).to(q.dtype))
-                lf.index_copy_(0, where, norm.log2_().add_(top).mul_(1 / LOG2_E).view(where.shape[0], -1))
+                norm.log2_()
+                norm = norm if top is None else norm.add_(top)
+                lf.index_copy_(0, where, norm.mul_(1 / LOG2_E).view(where.shape[0], -1))
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.plan, ctx.scores = plan, scores
         return out, lse

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import foveal
 from foveal.core.base_mask import FULL, BaseMask
-from foveal.core.layouts import Groups, block_mask
-from foveal.kernels import gather
+from foveal.core.layouts import Groups, KeySelection, block_mask
+from foveal.kernels import gather, merged, ragged, rows
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
@@ -170,3 +170,58 @@ def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, com
     monkeypatch.setattr(gather, "CPU_SCORES", 64)
     for a, b in zip(solve("gather"), want, strict=True):
         assert_close(a, b)
+
+
+def everything(batch: int, heads: int, length: int) -> dict[str, Any]:
+    """Layouts that keep every pair, one for each kind of plan; ``groups`` has each query in two groups of other keys."""
+    keys, rows = torch.arange(length), torch.arange(batch * heads * length)
+    halves = torch.arange(2 * batch * heads + 1) * (length // 2)
+    twice = rows.view(-1, 1, length).expand(-1, 2, -1).reshape(-1)
+    return {
+        "blocks": block_mask(torch.full((1, 1, 2, 2), FULL, dtype=torch.int8), (length // 2,) * 2, (length, length)),
+        "lists": KeySelection(keys.expand(1, 1, 2, -1), block_size=length // 2),
+        "groups": Groups(twice, 2 * halves, rows, halves, per_head=True),
+        "disjoint groups": Groups(rows, 2 * halves[::2] // 2, rows, 2 * halves[::2] // 2, per_head=True),
+    }
+
+
+@pytest.mark.parametrize("layout", list(everything(1, 1, 2)))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reach", [1.0, 63.9, 64.1, 2000.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits_are_shifted_and_small_ones_need_not_be(
+    layout: str, dtype: torch.dtype, reach: float, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits of a row may lie near ±``reach`` in base 2: weights must neither overflow nor vanish, with or without the maximum."""
+    asked: list[bool] = []
+    for module in (ragged, merged):
+        monkeypatch.setattr(module, "unshifted", lambda *a: asked.append(rows.unshifted(*a)) or asked[-1])
+    batch, heads, length, dim = 2, 3, 64, 8
+    unit = torch.nn.functional.normalize(random(dim), dim=0)
+    near = torch.nn.functional.normalize(unit + 0.01 * random(2, batch, heads, length, dim, seed=1), dim=-1)
+    q, k, v = sign * near[0], near[1], random(batch, heads, length, dim, seed=2)
+    q = q * (reach / rows.LOG2_E)
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    chosen, weight = everything(batch, heads, length)[layout], random(batch, heads, length, dim, seed=3)
+    found = []
+    for impl in ("gather", "reference"):
+        leaves = [x.detach().to(dtype if impl == "gather" else torch.float64).requires_grad_() for x in (q, k, v)]
+        out, lse = foveal.attention(
+            *leaves, chosen if impl == "gather" else None, scale=1.0, return_lse=True, impl=impl
+        )
+        loss = (out.double() * weight).sum() + lse.double().sum()
+        found.append((out, lse, *torch.autograd.grad(loss, leaves)))
+    assert asked == [reach <= rows.UNSHIFTED]
+    exact = 1e-9 if dtype == torch.float64 else 3e-6 * max(reach, 10.0)
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours.double(), theirs.double(), exact * max(1.0, float(theirs.detach().abs().max())))
+
+
+def test_values_too_large_for_unshifted_weights_are_shifted() -> None:
+    k, v = (random(1, 2, 64, 8, seed=i).float() for i in range(2))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    q = 60 / rows.LOG2_E * k  # every row sees one key with a weight of 2^60
+    exact = foveal.attention(q, k, v, scale=1.0, impl="reference")
+    for size in (1.0, 1e36):
+        out = foveal.attention(q, k, size * v, everything(1, 2, 64)["blocks"], scale=1.0, impl="gather")
+        assert_close((out / size).double(), exact.double(), 1e-4)

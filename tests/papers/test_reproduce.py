@@ -64,12 +64,15 @@ def test_the_forms_are_compared_on_the_same_inputs(measure: Any, tmp_path: Path)
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The form that stores its weights doubles; the fused one grows by less than they take. Small enough not to be cut into batches."""
-    side = 32
+    """With four times the window, the form that stores its weights grows by at least those, the fused one by less than half of that.
+
+    Growth is compared and not the ratio of the peaks: what every process needs beside the weights differs between machines.
+    """
+    side = 32  # small enough not to be cut into batches
     peak = fna.measure_memory(out=tmp_path, side=side)["measured"]["peak_mb"]
-    assert peak["gemm 16×16"] > 2 * peak["gemm 8×8"] > 0
     weights = 4 * fna.HEADS * side**2 * (16**2 - 8**2) / 2**20
-    assert peak["gemm 16×16"] - peak["gemm 8×8"] > weights > peak["fused 16×16"] - peak["fused 8×8"]
+    stored, fused = (peak[f"{form} 16×16"] - peak[f"{form} 8×8"] for form in ("gemm", "fused"))
+    assert stored > weights and stored > 2 * fused and peak["gemm 8×8"] > peak["fused 8×8"] > 0
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
