@@ -23,6 +23,7 @@ from .call import compute_dtype
 LOG2_E = 1.0 / math.log(2.0)
 CONVERT_READS = 2
 """Keys and values in half precision are converted as a whole when each is read at least this often on average."""
+
 UNSHIFTED = 64.0
 """Base-2 logits of at most this size are weighted as they are: 2^±64 leaves float32 as much room again for sums and values."""
 
