@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ def average(call: AttentionCall, layout: Groups, out: Tensor, lse: Tensor) -> tu
     return mean.to(call.q.dtype).view(*shape, -1), merged_lse.view(shape)
 
 
+SLOTS = 1 << 18
+"""Slots of queries and keys whose places are worked out at once."""
 FEW_SIZES = 16
 """Different group sizes up to which groups of one size run together without padding."""
 
@@ -185,7 +188,7 @@ def _batches(call: AttentionCall, layout: Groups, budget: int, rows: _Numbering)
     for m, w, pieces in _buckets(layout, budget):
         bucket = _bucket(call, layout, rows, *pieces, m, w)
         for part in split_rows(pieces[0].numel(), m * w, budget):
-            hidden = _hidden(call.base, bucket, part)
+            hidden = _hidden(bucket, part)
             hide = None if hidden is None else (0, hidden[:, None])
             for h in range(1 if layout.per_head else heads):
                 q_rows, k_rows, bias = bucket.q_rows[part], bucket.k_rows[part], None
@@ -193,14 +196,14 @@ def _batches(call: AttentionCall, layout: Groups, budget: int, rows: _Numbering)
                     q_rows = (q_rows + h * rows.step).clamp_(max=rows.spare)
                     k_rows = k_rows + h // group * call.base.kv_len
                 if call.bias is not None:
-                    head = bucket.h[part] if layout.per_head else torch.full_like(q_rows, h)
+                    head = bucket.h[part] + h
                     column = relative_index(call, bucket.i[part, :, None], bucket.j[part, None, :])
                     bias = column + head[:, :, None] * call.bias.shape[1]
                 yield Batch(q_rows, k_rows, hide, bias)
 
 
 def _buckets(layout: Groups, budget: int) -> Iterator[tuple[int, int, tuple[Tensor, Tensor, Tensor]]]:
-    """Pieces of the same rounded numbers ``(queries, keys)``: their groups, their first memberships and their rows."""
+    """Pieces of the same rounded numbers ``(queries, keys)``, a limited number at once: their groups, first memberships and rows."""
     of, first_q, n_q = _pieces(layout, budget)
     if of.numel() == 0:
         return
@@ -211,56 +214,71 @@ def _buckets(layout: Groups, budget: int) -> Iterator[tuple[int, int, tuple[Tens
     first = order[counts.cumsum(0) - counts]
     start = 0
     for m, w, count in torch.stack([width_q[first], width_k[first], counts], -1).tolist():
-        chosen = order[start : start + count]
+        for chosen in order[start : start + count].split(max(1, SLOTS // (m + w))):
+            yield m, w, (of[chosen], first_q[chosen], n_q[chosen])
         start += count
-        yield m, w, (of[chosen], first_q[chosen], n_q[chosen])
 
 
 @dataclass(frozen=True, eq=False)
 class _Bucket:
-    """Pieces of one shape ``(m, w)``; what a common head does not change is worked out for all of them at once.
+    """Pieces of one shape ``(m, w)``; what a common head does not change is worked out once, and only when it is asked for.
 
     Attributes:
+        base, heads: the call's mask, and its query heads where every head has groups of its own, else 1.
         q_rows: ``(count, m)`` rows of the plan, of head 0 where heads share the groups; slots that pad are the spare one.
         k_rows: ``(count, w)`` rows of the flattened k, of head 0 where heads share the groups.
+        q_index, k_index: what the layout lists for each slot. full_q, full_k: whether the slot is used.
         b, h, i: ``(count, m)`` batch row, head (0 where heads share the groups) and query row of each slot.
         j: ``(count, w)`` key of each slot.
-        full_q, full_k: ``(count, m)`` and ``(count, w)``, whether the slot is used.
-        bounds: where comparing ``j`` is enough, see :func:`_bounds`.
     """
 
+    base: BaseMask
+    heads: int
     q_rows: Tensor
     k_rows: Tensor
-    b: Tensor
-    h: Tensor
-    i: Tensor
-    j: Tensor
+    q_index: Tensor
+    k_index: Tensor
     full_q: Tensor
     full_k: Tensor
-    bounds: _Bounds | None
+
+    @cached_property
+    def i(self) -> Tensor:
+        return self.q_index % self.base.q_len
+
+    @cached_property
+    def j(self) -> Tensor:
+        return self.k_index % self.base.kv_len
+
+    @cached_property
+    def b(self) -> Tensor:
+        return torch.div(self.q_index, self.base.q_len * self.heads, rounding_mode="floor")
+
+    @cached_property
+    def h(self) -> Tensor:
+        return torch.div(self.q_index, self.base.q_len, rounding_mode="floor") % self.heads
+
+    @cached_property
+    def bounds(self) -> _Bounds | None:
+        """Where comparing ``j`` tells what is visible, and fast: float32 counts up to 2^24."""
+        fits = self.base.predicate is None and self.q_rows.device.type == "cpu" and self.base.kv_len < 1 << 24
+        return _bounds(self) if fits else None
 
 
 def _bucket(
     call: AttentionCall, layout: Groups, rows: _Numbering, of: Tensor, first: Tensor, count: Tensor, m: int, w: int
 ) -> _Bucket:
-    base, device, heads, kv_heads = call.base, call.q.device, call.q.shape[1], call.k.shape[1]
-    slot_q, slot_k = torch.arange(m, device=device), torch.arange(w, device=device)
+    base, heads, kv_heads = call.base, call.q.shape[1], call.k.shape[1]
+    slot_q, slot_k = torch.arange(m, device=call.q.device), torch.arange(w, device=call.q.device)
     full_q, full_k = slot_q < count[:, None], slot_k < layout.cu_k.diff()[of, None]
     at_q = first[:, None] + slot_q
-    ids = layout.q_index[at_q.clamp(max=layout.q_index.numel() - 1)]
-    at_k = layout.k_index[(layout.cu_k[of, None] + slot_k).where(full_k, 0)]
-    i, j = ids % base.q_len, at_k % base.kv_len
-    line = torch.div(ids, base.q_len, rounding_mode="floor")
-    b, h = torch.div(line, heads, rounding_mode="floor"), line % heads
+    q_index = layout.q_index[at_q.clamp(max=layout.q_index.numel() - 1)]
+    k_index = layout.k_index[(layout.cu_k[of, None] + slot_k).where(full_k, 0)]
+    own, k_rows = q_index, k_index
     if not layout.per_head:
-        b, h = line, torch.zeros_like(line)
-    own = at_q if rows.of_members else ids if layout.per_head else b * (heads - 1) * base.q_len + ids
-    q_rows = own.where(full_q, rows.spare)
-    k_rows = at_k if layout.per_head else (at_k - j) * kv_heads + j
-    bounds = None
-    if base.predicate is None and device.type == "cpu" and base.kv_len < 1 << 24:  # float32 counts as far as that
-        bounds = _bounds(base, b, i, j, full_q, full_k)
-    return _Bucket(q_rows, k_rows, b, h, i, j, full_q, full_k, bounds)
+        own = q_index + torch.div(q_index, base.q_len, rounding_mode="floor") * ((heads - 1) * base.q_len)
+        k_rows = k_index + torch.div(k_index, base.kv_len, rounding_mode="floor") * ((kv_heads - 1) * base.kv_len)
+    q_rows = (at_q if rows.of_members else own).where(full_q, rows.spare)
+    return _Bucket(base, heads if layout.per_head else 1, q_rows, k_rows, q_index, k_index, full_q, full_k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,44 +286,45 @@ class _Bounds:
     """Slot ``j`` is visible to a row when ``lo <= j < hi``, in float32: comparisons that give float are vectorised, those that give bool are not.
 
     Attributes:
-        lo, hi: ``(count, m)``. j: ``(count, w)``, infinite where the slot is hidden from all.
-        cut: per piece, whether a pair of it is hidden. early: whether ``lo`` hides any.
+        lo: ``(count, m)``, None where it hides nothing. hi: ``(count, m or 1)``.
+        j: ``(count, w)``, infinite where the slot is hidden from all.
+        cut: per piece, whether a pair of it is hidden.
     """
 
-    lo: Tensor
+    lo: Tensor | None
     hi: Tensor
     j: Tensor
     cut: list[bool]
-    early: bool
 
 
-def _bounds(base: BaseMask, b: Tensor, i: Tensor, j: Tensor, full_q: Tensor, full_k: Tensor) -> _Bounds:
+def _bounds(bucket: _Bucket) -> _Bounds:
+    base, real = bucket.base, bucket.full_k
     if base.valid is not None:
-        full_k = full_k & base.valid[b[:, :1] if base.valid.shape[0] > 1 else 0, j]
-    keys = j.float()
+        real = real & base.valid[bucket.b[:, :1] if base.valid.shape[0] > 1 else 0, bucket.j]
+    j = bucket.j.float().where(real, torch.inf)
+    cut = ~real.all(1)
     if base.plain and not base.causal:
-        none = torch.zeros_like(i, dtype=torch.float32)
-        return _Bounds(none, none + base.kv_len, keys.where(full_k, torch.inf), (~full_k.all(1)).tolist(), False)
-    row = b if base.lo.shape[0] > 1 else 0
-    lo, hi = base.lo[row, i].float(), base.hi[row, i].float()
-    low, high = keys.where(full_k, torch.inf).amin(1, keepdim=True), keys.where(full_k, -1.0).amax(1, keepdim=True)
-    early, late = (lo > low) & full_q, (hi <= high) & full_q  # rows that pad are never read, so they may see anything
-    cut = (early | late).any(1) | ~full_k.all(1)
-    return _Bounds(lo, hi, keys.where(full_k, torch.inf), cut.tolist(), bool(early.any()))
+        return _Bounds(None, j.new_full((j.shape[0], 1), base.kv_len), j, cut.tolist())
+    row = bucket.b if base.lo.shape[0] > 1 else 0
+    lo, hi = base.lo[row, bucket.i].float(), base.hi[row, bucket.i].float()
+    low, high = j.amin(1, keepdim=True), j.where(real, -1.0).amax(1, keepdim=True)
+    early = (lo > low) & bucket.full_q  # rows that pad are never read, so they may see anything
+    late = (hi <= high) & bucket.full_q
+    return _Bounds(lo if bool(early.any()) else None, hi, j, (cut | (early | late).any(1)).tolist())
 
 
-def _hidden(base: BaseMask, bucket: _Bucket, part: slice) -> Tensor | None:
-    """``(R, m, w)``: True hides, or −inf does; None when every pair is visible."""
+def _hidden(bucket: _Bucket, part: slice) -> Tensor | None:
+    """``(R, m or 1, w)``: True hides, or −inf does; None when every pair is visible."""
     bounds = bucket.bounds
     if bounds is None:
         b, i, j = bucket.b[part, :, None], bucket.i[part, :, None], bucket.j[part, None, :]
-        seen = base.allowed(b, torch.zeros_like(b), i, j)
+        seen = bucket.base.allowed(b, torch.zeros_like(b), i, j)
         return ~(seen & bucket.full_q[part, :, None] & bucket.full_k[part, None, :])
     if not any(bounds.cut[part]):
         return None
-    lo, hi, j = bounds.lo[part, :, None], bounds.hi[part, :, None], bounds.j[part, None, :]
+    hi, j = bounds.hi[part, :, None], bounds.j[part, None, :]
     hidden = torch.empty(hi.shape[0], hi.shape[1], j.shape[2], device=j.device)
     torch.ge(j, hi, out=hidden)
-    if bounds.early:
-        hidden.add_(torch.lt(j, lo, out=torch.empty_like(hidden)))
+    if bounds.lo is not None:
+        hidden.add_(torch.lt(j, bounds.lo[part, :, None], out=torch.empty_like(hidden)))
     return penalties(hidden)

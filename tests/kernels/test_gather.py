@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import foveal
 from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.layouts import Groups, KeySelection, block_mask
-from foveal.kernels import gather, merged, ragged, rows
+from foveal.kernels import gather, group_plan, merged, ragged, rows
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
@@ -147,7 +147,8 @@ def test_disjoint_groups_are_read_where_they_are(per_head: bool, run: int) -> No
 
 
 @pytest.mark.parametrize("combine", ["softmax", "mean"])
-def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, combine: Any) -> None:
+@pytest.mark.parametrize("slots", [1, 1 << 18])
+def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, combine: Any, slots: int) -> None:
     """Groups of up to 300 queries in pieces of 64, and queries in several pieces of one batch: as the reference."""
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 300, 5, generator=make, dtype=torch.float64) for h in (4, 2, 2))
@@ -168,6 +169,7 @@ def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, com
 
     want = solve("reference")
     monkeypatch.setattr(gather, "CPU_SCORES", 64)
+    monkeypatch.setattr(group_plan, "SLOTS", slots)
     for a, b in zip(solve("gather"), want, strict=True):
         assert_close(a, b)
 
