@@ -58,7 +58,7 @@ class _Tiles:
         order: ``(T, nkb)`` int32 key tiles of these rows, whole ones first, then cut ones.
         runs: ``(whole, cut, start, end)`` of every group of rows.
         cuts: the conditions that cut tiles.
-        slots: for every condition with a table, per run ``(rows, G or 1, cut tiles)`` entries of it.
+        slots: for every condition with a table, per run ``(rows, G or 1, cut tiles)`` entries of it; ``(1, …)`` where all rows agree.
     """
 
     size: tuple[int, int]
@@ -125,7 +125,8 @@ def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
     own_heads = (h * per_row)[:, None] + torch.arange(per_row, device=rows.device)
     tiles = _Tiles(size, b, u, own_heads, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end), [])
     for cut in tiles.cuts:
-        tiles.slots.append([_at(cut, tiles, cut.slot, run) for run in runs] if cut.slot is not None else [])
+        slots = [_at(cut, tiles, cut.slot, run) for run in runs] if cut.slot is not None else []
+        tiles.slots.append([x[:1] if bool((x == x[:1]).all()) else x for x in slots])
     return tiles
 
 
@@ -152,7 +153,8 @@ def _cuts(
         if base.predicate is not None:
             also = reads(call, base.predicate)
             reads_batch, reads_head = reads_batch or also[0], also[1]
-        out.append(_cut(call, base.mask_mod(), model, joint, size, reads_batch, reads_head))
+        intervals = base.predicate is None and base.valid is None
+        out.append(_cut(call, base.mask_mod(), model, joint, size, reads_batch, reads_head, intervals))
     if mask is not None and mask.mask_mod is not noop_mask:
         own = kinds == PARTIAL  # whole tiles never ask the mask's own mask_mod
         if bool((own & (joint > 0)).any()):
@@ -177,33 +179,56 @@ def _cut(
     size: tuple[int, int],
     reads_batch: bool,
     reads_head: bool,
+    intervals: bool = False,
 ) -> _Cut:
-    """Evaluate ``mod`` once per distinct tile in which it decides (``active``) and that is computed at all, unless these are too many."""
+    """Evaluate ``mod`` once per distinct tile in which it decides (``active``) and that is computed at all, unless these are too many.
+
+    ``intervals``: it is the base mask's, and says no more than ``lo`` and ``hi``.
+    """
     used = active & (joint == PARTIAL)
     used = used.expand(call.q.shape[0] if reads_batch else -1, call.q.shape[1] if reads_head else -1, -1, -1)
     used = used if reads_batch else used.any(0, keepdim=True)
     used = used if reads_head else used.any(1, keepdim=True)
     where = used.nonzero()
     total = where.shape[0]
-    if total * size[1] > TABLE_KEYS * call.q.shape[0] * active.shape[2]:
+    most = TABLE_KEYS * call.q.shape[0] * active.shape[2] // size[1]
+    if not intervals and total > most:
         return _Cut(mod, active, reads_head)
     number = torch.full(used.shape, total, dtype=torch.int32, device=active.device)
     number[used] = torch.arange(total, dtype=torch.int32, device=active.device)
-    table = torch.zeros(total + 1, *size, dtype=torch.bool, device=active.device)
-    for part in torch.arange(total, device=active.device).split(max(1, (1 << 20) // (size[0] * size[1]))):
-        b, h, u, t = (i[:, None, None] for i in where[part].unbind(-1))
-        table[part] = _hidden(call.base, mod, b, h, u, t, size)
-    table, same = _distinct(table)
+    if intervals:
+        ends, same = _distinct(_ends(call.base, where, size))
+        if ends.shape[0] > most:
+            return _Cut(mod, active, reads_head)
+        lo, hi = ends[..., None].unbind(1)
+        k = torch.arange(size[1], device=active.device)
+        table = (k < lo) | (k >= hi)
+    else:
+        table = torch.zeros(total + 1, *size, dtype=torch.bool, device=active.device)
+        for part in torch.arange(total, device=active.device).split(max(1, (1 << 20) // (size[0] * size[1]))):
+            b, h, u, t = (i[:, None, None] for i in where[part].unbind(-1))
+            table[part] = _hidden(call.base, mod, b, h, u, t, size)
+        table, same = _distinct(table)
     if table.numel() <= PENALTIES:
         table = torch.zeros(table.shape, device=table.device).masked_fill_(table, -torch.inf)
     return _Cut(mod, active, reads_head, table, same[torch.where(active, number, total)])
 
 
+def _ends(base: BaseMask, where: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(T + 1, 2, q_block)`` int32: first and last key + 1 that each row sees in tiles ``(b, h, u, t)``; in the last one, every key."""
+    b, _, u, t = where[..., None].unbind(1)
+    q = (u * size[0] + torch.arange(size[0], device=u.device)).clamp(max=base.q_len - 1)
+    row = b if base.lo.shape[0] > 1 else torch.zeros_like(b)
+    ends = torch.stack([base.lo[row, q], base.hi[row, q].clamp(max=base.kv_len)], 1) - (t * size[1])[:, None]
+    whole = torch.tensor([0, size[1]], device=u.device)[None, :, None].expand(1, 2, size[0])
+    return torch.cat([ends.clamp(0, size[1]), whole]).to(torch.int32)
+
+
 def _distinct(table: Tensor) -> tuple[Tensor, Tensor]:
-    """``(T, q_block, kv_block)`` bool without repeated tiles, and the int64 entry of every former one."""
+    """``(T, …)`` without repeated entries, and the int64 entry of every former one."""
     flat = table.flatten(1)
     same = torch.arange(table.shape[0], device=table.device)
-    if flat.shape[1] % 8:
+    if flat.shape[1] * flat.element_size() % 8:
         return table, same
     words = flat.view(torch.int64)
     weights = torch.randint(1 << 62, (words.shape[1],), generator=torch.Generator().manual_seed(0)).to(words.device) | 1
@@ -213,7 +238,7 @@ def _distinct(table: Tensor) -> tuple[Tensor, Tensor]:
     )
     if bool((words[first[entry]] == words).all()):
         return table[first], entry
-    return table, same  # two tiles share a sum
+    return table, same  # two of them share a sum
 
 
 def _hidden(
@@ -240,11 +265,11 @@ def _at(cut: _Cut, tiles: _Tiles, of: Tensor, run: tuple[int, int, int, int]) ->
 
 
 def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice) -> Tensor | None:
-    """What is hidden in the cut tiles of rows ``part`` of a run, ``(R, G or 1, q_block, cut tiles, kv_block)``."""
+    """What is hidden in the cut tiles of rows ``part`` of a run, ``(R or 1, G or 1, q_block, cut tiles, kv_block)``."""
     hidden = None
     for cut, slots in zip(tiles.cuts, tiles.slots, strict=True):
         if cut.table is not None:
-            where = slots[run][part]
+            where = slots[run] if slots[run].shape[0] == 1 else slots[run][part]
             found = cut.table.index_select(0, where.flatten()).unflatten(0, where.shape)
         else:
             whole, count, first, _ = tiles.runs[run]

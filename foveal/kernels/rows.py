@@ -39,7 +39,7 @@ class Batch:
         q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is written by at most one attention, unless the
             plan repeats rows.
         k_rows: ``(R, L/k_unit)`` int64 row units of the flattened k and v.
-        hide: None, or ``(first_column, mask)``, True (bool) or −inf (float penalties) hides: ``mask`` is ``(R, G or 1, M/G, *columns)`` where the sizes of
+        hide: None, or ``(first_column, mask)``, True (bool) or −inf (float penalties) hides: ``mask`` is ``(R or 1, G or 1, M/G, *columns)`` where the sizes of
             ``columns`` multiply to ``L − first_column`` and consecutive rows are split into G equal parts.
         bias: None, or ``(R, M, L)`` indices into the flattened bias table.
     """

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import foveal
 from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.layouts import Groups, KeySelection, block_mask
-from foveal.kernels import gather, group_plan, merged, ragged, rows
+from foveal.kernels import block_plan, gather, group_plan, merged, ragged, reference, rows
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
@@ -144,6 +144,33 @@ def test_disjoint_groups_are_read_where_they_are(per_head: bool, run: int) -> No
         direct_plan(AttentionCall(q, k, v, groups, BaseMask.build(length, length, causal=True), 1.0), groups, 99)
         is None
     )
+
+
+@pytest.mark.parametrize("limit", [{}, {"TABLE_KEYS": 0}, {"PENALTIES": 0}], ids=str)
+@pytest.mark.parametrize("host", ["causal", "window", "packed", "padded", "predicate"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_cut_tiles_are_the_same_from_tables_and_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, limit: dict[str, int], host: str, blocks: bool
+) -> None:
+    """Two sequences of 300 tokens, whose intervals differ when they are packed."""
+    for name, value in limit.items():
+        monkeypatch.setattr(block_plan, name, value)
+    place = torch.arange(300)
+    words: dict[str, Any] = {
+        "causal": {},
+        "window": {"window": 40},
+        "packed": {"segments": (place >= torch.tensor([[0, 70, 200], [0, 131, 132]])[..., None]).sum(1) - 1},
+        "padded": {"valid": place >= torch.tensor([[0], [129]])},
+        "predicate": {"predicate": lambda b, h, q, k: (q + k + h) % 3 != b},
+    }[host]
+    base = BaseMask.build(300, 300, causal=True, **words)
+    q, k, v = (random(2, h, 300, 5, seed=h) for h in (4, 2, 2))
+    mask = create_block_mask(
+        lambda b, h, q, k: (q - k < 30) | (k < 2), None, None, 300, 300, device="cpu", BLOCK_SIZE=64
+    )
+    call = AttentionCall(q, k, v, mask if blocks else None, base, 0.4)
+    for ours, theirs in zip(gather.attend(call), reference.attend(call), strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("combine", ["softmax", "mean"])
