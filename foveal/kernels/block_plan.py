@@ -191,15 +191,12 @@ def _cut(
     used = used if reads_head else used.any(1, keepdim=True)
     where = used.nonzero()
     total = where.shape[0]
-    most = TABLE_KEYS * call.q.shape[0] * active.shape[2] // size[1]
-    if not intervals and total > most:
+    if total * size[1] > TABLE_KEYS * call.q.shape[0] * active.shape[2]:
         return _Cut(mod, active, reads_head)
     number = torch.full(used.shape, total, dtype=torch.int32, device=active.device)
     number[used] = torch.arange(total, dtype=torch.int32, device=active.device)
     if intervals:
         ends, same = _distinct(_ends(call.base, where, size))
-        if ends.shape[0] > most:
-            return _Cut(mod, active, reads_head)
         lo, hi = ends[..., None].unbind(1)
         k = torch.arange(size[1], device=active.device)
         table = (k < lo) | (k >= hi)
