@@ -74,26 +74,33 @@ CASES = [
 ]  # fmt: skip
 
 
-def natten_job(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Tensor] | None, str]:
-    """The package's operator on heads-last copies, or why there is none."""
+def natten_job(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any] | None = None
+) -> tuple[Callable[[], Tensor] | None, str]:
+    """The package's operator on heads-last copies, or why there is none.
+
+    Args:
+        options: its keywords; by default those of its only path on CPU.
+    """
     try:
         import natten
     except ImportError:
         return None, "natten is not installed here"
     call = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(case.grid)]
     grids = [x.transpose(1, 2).unflatten(1, case.grid).contiguous() for x in (q, k, v)]
-    tiles = {"q_tile_shape": case.q_tile, "kv_tile_shape": case.q_tile}
+    on_cpu = {"backend": "flex-fna", "q_tile_shape": case.q_tile, "kv_tile_shape": case.q_tile}
 
     def job() -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return call(*grids, kernel_size=case.window, stride=case.stride, backend="flex-fna", **tiles)
+            return call(*grids, kernel_size=case.window, stride=case.stride, **(options or on_cpu))
 
     try:
         job()
     except Exception as error:
         return None, f"natten {natten.__version__} cannot run it here: {error}"
-    return job, f"natten {natten.__version__}, FlexAttention without a compiler, its only path on CPU"
+    path = "" if options else ", FlexAttention without a compiler, its only path on CPU"
+    return job, f"natten {natten.__version__}{path}"
 
 
 def ways(case: Case) -> dict[str, Neighborhood]:

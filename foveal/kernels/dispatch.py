@@ -165,6 +165,11 @@ def compute(call: AttentionCall, impl: str = "auto", sink_logits: Tensor | None 
     else:
         if impl not in IMPLEMENTATIONS:
             raise ConfigError(f"impl={impl!r} is unknown. {nearest(impl, IMPLEMENTATIONS)}")
+        absent = missing(impl)
+        if absent:
+            raise UnsupportedError(
+                f"impl={impl!r} is not available here: {absent}. Use impl='auto', or see foveal.explain(...)."
+            )
         reasons = refusals(impl, call)
         if reasons:
             raise UnsupportedError(

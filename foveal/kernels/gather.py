@@ -16,7 +16,8 @@ from .group_plan import average, direct_plan, group_plan, member_plan, owners
 from .list_plan import list_plan, one_row
 from .merged import attend_merged
 from .ragged import attend_rows
-from .rows import Scores
+from .reach import unshifted_rows
+from .rows import Plan, Scores
 
 CPU_SCORES = 1 << 19
 """Score elements per batch on CPU: a float32 buffer of this size fits the second-level caches of two cores."""
@@ -64,11 +65,23 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _plain(call: AttentionCall, plan: Plan) -> Tensor | bool:
+    """:func:`unshifted_rows` of q padded to whole units and flattened."""
+    rows = unshifted_rows(call, plan)
+    return (
+        rows if isinstance(rows, bool) else torch.nn.functional.pad(rows, (0, -rows.shape[2] % plan.q_unit)).flatten()
+    )
+
+
+def _with_spare(rows: Tensor | bool) -> Tensor | bool:
+    return rows if isinstance(rows, bool) else torch.nn.functional.pad(rows.flatten(), (0, 1))
+
+
 def _blocks(call: AttentionCall, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
     plan = block_plan(call, mask, _budget(call.q.device))
     q, k, v = _pad(call.q, plan.q_unit), _pad(call.k, plan.k_unit), _pad(call.v, plan.k_unit)
-    out, lse = attend_rows(_flat(q), _flat(k), _flat(v), plan, _scores(call), call.bias)
+    out, lse = attend_rows(_flat(q), _flat(k), _flat(v), plan, _scores(call), call.bias, _plain(call, plan))
     return out.view(batch, heads, q.shape[2], -1)[:, :, :q_len], lse.view(batch, heads, q.shape[2])[:, :, :q_len]
 
 
@@ -76,7 +89,7 @@ def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
     plan = list_plan(call, layout, _budget(call.q.device))
     q = _pad(call.q, plan.q_unit)
-    out, lse = attend_rows(_flat(q), _flat(call.k), _flat(call.v), plan, _scores(call), call.bias)
+    out, lse = attend_rows(_flat(q), _flat(call.k), _flat(call.v), plan, _scores(call), call.bias, _plain(call, plan))
     return out.view(batch, heads, q.shape[2], -1)[:, :, :q_len], lse.view(batch, heads, q.shape[2])[:, :, :q_len]
 
 
@@ -85,7 +98,8 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
     direct = direct_plan(call, layout, _budget(call.q.device))
     if direct is not None:
-        out, lse = attend_rows(_flat(call.q), _flat(call.k), _flat(call.v), direct, _scores(call), call.bias)
+        q, k, v = (_flat(x) for x in (call.q, call.k, call.v))
+        out, lse = attend_rows(q, k, v, direct, _scores(call), call.bias, _plain(call, direct))
         return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
     spare = call.q.new_zeros(
         1, call.q.shape[3]
@@ -93,9 +107,12 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     k, v = _flat(call.k), _flat(call.v)
     if layout.combine == "softmax":
         plan = group_plan(call, layout, _budget(call.q.device))
-        out, lse = attend_merged(torch.cat([_flat(call.q), spare]), k, v, plan, _scores(call), call.bias)
+        q, plain = torch.cat([_flat(call.q), spare]), _with_spare(unshifted_rows(call, plan))
+        out, lse = attend_merged(q, k, v, plan, _scores(call), call.bias, plain)
         return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
-    q = torch.cat([_flat(call.q)[owners(call, layout)], spare])  # each membership of a query in a group is one row
-    plan = member_plan(call, layout, _budget(call.q.device))
-    out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias)
+    plan, owner = member_plan(call, layout, _budget(call.q.device)), owners(call, layout)
+    q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row
+    plain = unshifted_rows(call, plan)
+    plain = _with_spare(plain.flatten()[owner] if isinstance(plain, Tensor) else plain)
+    out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias, plain)
     return average(call, layout, out[:-1], lse[:-1])

@@ -14,13 +14,20 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch, unshifted
+from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor | None,
+        plan: Plan,
+        scores: Scores,
+        plain: Tensor | bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
@@ -29,7 +36,6 @@ class _Merged(torch.autograd.Function):
         norm = torch.zeros_like(top)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
-        plain = unshifted(q, k, v, scores, plan, table is not None)
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", q, batch.q_rows, dtype, d)
@@ -37,12 +43,14 @@ class _Merged(torch.autograd.Function):
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 where = batch.q_rows.reshape(-1)
-                if plain:
+                if plain is True:
                     norm.index_add_(0, where, s.exp2_().sum(-1).view(-1))
                     part = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype))
                     total.index_add_(0, where, part.view(-1, dv))
                     continue
                 here = s.amax(-1, keepdim=True)
+                if isinstance(plain, Tensor):
+                    here.masked_fill_(plain[batch.q_rows][..., None], 0.0)
                 before = top.index_select(0, where)
                 top.scatter_reduce_(0, where, here.view(-1), "amax")
                 now = top.index_select(0, where)
@@ -54,7 +62,7 @@ class _Merged(torch.autograd.Function):
                 total.index_add_(0, where, part.mul_(factor[:, None]))
                 norm.index_add_(0, where, share.mul_(factor))
         out = total.div_(norm.clamp(min=torch.finfo(dtype).tiny)[:, None]).to(q.dtype)
-        lse = norm.log2_() if plain else norm.log2_().add_(top)
+        lse = norm.log2_() if plain is True else norm.log2_().add_(top)
         lse.mul_(1 / LOG2_E)
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.plan, ctx.scores = plan, scores
@@ -65,7 +73,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
-        return *found, None, None
+        return *found, None, None, None
 
 
 def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Tensor) -> None:
@@ -78,10 +86,16 @@ def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Te
 
 
 def attend_merged(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scores: Scores,
+    table: Tensor | None = None,
+    plain: Tensor | bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a plan with ``q_unit`` and ``k_unit`` 1 in which a query row may occur any number of times.
 
     Args and returns as :func:`foveal.kernels.ragged.attend_rows`.
     """
-    return _Merged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)
+    return _Merged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores, plain)

@@ -14,13 +14,20 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch, unshifted
+from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
 
 
 class _Ragged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor | None,
+        plan: Plan,
+        scores: Scores,
+        plain: Tensor | bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
@@ -29,7 +36,8 @@ class _Ragged(torch.autograd.Function):
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
-        plain, tiny = unshifted(q, k, v, scores, plan, table is not None), torch.finfo(dtype).tiny
+        plain_units = plain.view(-1, plan.q_unit) if isinstance(plain, Tensor) else None
+        tiny = torch.finfo(dtype).tiny
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", qf, batch.q_rows, dtype, d)
@@ -37,8 +45,10 @@ class _Ragged(torch.autograd.Function):
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 top = None
-                if not plain:
+                if plain is not True:
                     top = s.amax(-1, keepdim=True)
+                    if plain_units is not None:
+                        top.masked_fill_(plain_units[batch.q_rows].view(top.shape), 0.0)
                     blind = batch.hide is not None or batch.bias is not None
                     # a row that sees nothing gets weights 0, not NaN
                     s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top)
@@ -59,11 +69,17 @@ class _Ragged(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
-        return *found, None, None
+        return *found, None, None, None
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scores: Scores,
+    table: Tensor | None = None,
+    plain: Tensor | bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a plan over flattened rows.
 
@@ -72,8 +88,9 @@ def attend_rows(
         plan: which rows meet.
         scores: scale and softcap.
         table: flattened by the plan's bias indices; gradients flow to it.
+        plain: ``(rows_q,)`` bool, or one answer for all: rows whose logits are weighted without looking for their maximum first.
 
     Returns:
         ``out`` ``(rows_q, Dv)`` in q's dtype and ``lse`` ``(rows_q,)`` in the compute dtype; rows of no batch give 0 and −inf.
     """
-    return _Ragged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)
+    return _Ragged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores, plain)

@@ -18,14 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import compute_dtype
-
 LOG2_E = 1.0 / math.log(2.0)
 CONVERT_READS = 2
 """Keys and values in half precision are converted as a whole when each is read at least this often on average."""
-
-UNSHIFTED = 64.0
-"""Base-2 logits of at most this size are weighted as they are: 2^±64 leaves float32 as much room again for sums and values."""
 
 KEPT_BYTES = 1 << 24
 """Scratch memory that a thread keeps between calls, at most."""
@@ -191,21 +186,6 @@ def key_units(k: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Ten
     if k.dtype != dtype and plan.key_reads >= CONVERT_READS * k.shape[0]:
         k, v = k.to(dtype), v.to(dtype)
     return k.view(-1, plan.k_unit * k.shape[1]), v.view(-1, plan.k_unit * v.shape[1])
-
-
-def unshifted(q: Tensor, k: Tensor, v: Tensor, scores: Scores, plan: Plan, biased: bool) -> bool:
-    """Whether ``exp2`` of the logits themselves can neither overflow nor vanish, so that no row maximum has to be found first.
-
-    By Cauchy-Schwarz no logit is larger than the longest query times the longest key. Only asked where keys are read about
-    once each or more often (else the lengths cost more than the maxima), and not on a GPU, which would have to wait for the answer.
-    """
-    if biased or q.device.type != "cpu" or plan.key_reads < k.shape[0]:
-        return False
-    longest = [float(torch.linalg.vector_norm(x, dim=1, dtype=compute_dtype(x.dtype)).max()) for x in (q, k, v)]
-    reach = abs(scores.scale) * longest[0] * longest[1]
-    if scores.softcap is not None:
-        reach = min(reach, abs(scores.softcap))
-    return reach * LOG2_E <= UNSHIFTED and longest[2] <= 2.0**32  # false for NaN
 
 
 def split_rows(total: int, score_elements: int, budget: int) -> Iterator[slice]:

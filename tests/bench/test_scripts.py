@@ -203,15 +203,29 @@ def test_patterns_diffusion(tmp_path: Path) -> None:
     assert data["rettention_whole_run_over_dense"].keys() == {"pixart", "hunyuan", "cogvideox"}
 
 
+def test_patterns_gpu_on_a_cpu(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--dtype", "float32", "--lengths", "256", "--repeats", "1", "--scale", "0.25"]
+    cases = ["block_topk", "vmoba", "2d_64x64_w16_s8", "3d_8x32x32_causal_time"]
+    rows = script("patterns_gpu.py", tmp_path / "r.json", *options, "--impls", "gather", "triton", "--cases", *cases)[
+        "cases"
+    ]
+    grids = {f"{case} {way}" for case in cases[2:] for way in ("ordered", "blocks")}
+    assert rows.keys() == {"block_topk 256", "vmoba 256"} | grids
+    for row in rows.values():
+        assert row["sdpa"]["backend"] in ("flash", "math") and {"sdpa cudnn", "triton"} <= row["cannot_run"].keys()
+        speed = row["gather"]["times_faster_than_sdpa"]["median"]
+        assert row["gather"]["efficiency"] == pytest.approx(speed * row["tile_density"], rel=1e-3)
+        assert row["gather"]["difference"] == 0 < row["choosing_milliseconds"]
+    assert all("natten" in row or "natten" in row["cannot_run"] for name, row in rows.items() if name in grids)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here; the script would measure")
-def test_the_gpu_script_says_in_one_sentence_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "attention_gpu.py"), "--out", str(tmp_path / "r.json")]
+@pytest.mark.parametrize("name", ["attention_gpu.py", "patterns_gpu.py"])
+def test_the_gpu_scripts_say_in_one_sentence_that_there_is_no_gpu(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), "--out", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
-    assert (
-        done.stderr.strip()
-        == "attention_gpu.py needs a CUDA GPU, and torch sees none here; run it on a machine with one."
-    )
+    assert done.stderr.strip() == f"{name} needs a CUDA GPU, and torch sees none here; run it on a machine with one."
 
 
 @pytest.mark.skipif(missing("native") is not None, reason="the C++ kernels are not built")

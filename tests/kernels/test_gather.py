@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import foveal
 from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.layouts import Groups, KeySelection, block_mask
-from foveal.kernels import block_plan, gather, group_plan, merged, ragged, reference, rows
+from foveal.kernels import block_plan, gather, group_plan, reference, rows
+from foveal.kernels import reach as reach_of
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.group_plan import direct_plan
 from foveal.patterns import SlidingWindow
@@ -222,9 +223,8 @@ def test_large_logits_are_shifted_and_small_ones_need_not_be(
     layout: str, dtype: torch.dtype, reach: float, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All logits of a row may lie near ±``reach`` in base 2: weights must neither overflow nor vanish, with or without the maximum."""
-    asked: list[bool] = []
-    for module in (ragged, merged):
-        monkeypatch.setattr(module, "unshifted", lambda *a: asked.append(rows.unshifted(*a)) or asked[-1])
+    asked: list[Any] = []
+    monkeypatch.setattr(gather, "unshifted_rows", lambda *a: asked.append(reach_of.unshifted_rows(*a)) or asked[-1])
     batch, heads, length, dim = 2, 3, 64, 8
     unit = torch.nn.functional.normalize(random(dim), dim=0)
     near = torch.nn.functional.normalize(unit + 0.01 * random(2, batch, heads, length, dim, seed=1), dim=-1)
@@ -240,7 +240,8 @@ def test_large_logits_are_shifted_and_small_ones_need_not_be(
         )
         loss = (out.double() * weight).sum() + lse.double().sum()
         found.append((out, lse, *torch.autograd.grad(loss, leaves)))
-    assert asked == [reach <= rows.UNSHIFTED]
+    (plain,) = asked
+    assert plain is True if reach <= reach_of.UNSHIFTED else not plain.any()
     exact = 1e-9 if dtype == torch.float64 else 3e-6 * max(reach, 10.0)
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours.double(), theirs.double(), exact * max(1.0, float(theirs.detach().abs().max())))
@@ -254,3 +255,21 @@ def test_values_too_large_for_unshifted_weights_are_shifted() -> None:
     for size in (1.0, 1e36):
         out = foveal.attention(q, k, size * v, everything(1, 2, 64)["blocks"], scale=1.0, impl="gather")
         assert_close((out / size).double(), exact.double(), 1e-4)
+
+
+@pytest.mark.parametrize("layout", list(everything(1, 1, 2)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_rounded_the_same_whatever_is_hidden_from_it(layout: str, dtype: torch.dtype) -> None:
+    """Later rows and keys become so large that they need their maximum; no bit of an earlier row changes."""
+    chosen = everything(2, 3, 64)[layout]
+    q, k, v = (random(2, 3, 64, 8, seed=i).to(dtype) for i in range(3))
+    found = []
+    for large in (1.0, 1e4):
+        factor = torch.ones(64, 1, dtype=dtype)
+        factor[40:] = large
+        call = [x * factor for x in (q, k, v * factor)]
+        out, lse = foveal.attention(*call, chosen, causal=True, impl="gather", return_lse=True)
+        assert out.isfinite().all() and lse.isfinite().all()
+        found.append((out[:, :, :40], lse[:, :, :40]))
+    for small, large in zip(*found, strict=True):
+        assert torch.equal(small, large)
