@@ -68,9 +68,9 @@ def _flat(x: Tensor) -> Tensor:
 def _plain(call: AttentionCall, plan: Plan) -> Tensor | bool:
     """:func:`unshifted_rows` of q padded to whole units and flattened."""
     rows = unshifted_rows(call, plan)
-    return (
-        rows if isinstance(rows, bool) else torch.nn.functional.pad(rows, (0, -rows.shape[2] % plan.q_unit)).flatten()
-    )
+    if isinstance(rows, bool):
+        return rows
+    return torch.nn.functional.pad(rows, (0, -rows.shape[2] % plan.q_unit)).flatten()
 
 
 def _with_spare(rows: Tensor | bool) -> Tensor | bool:
@@ -101,9 +101,7 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
         q, k, v = (_flat(x) for x in (call.q, call.k, call.v))
         out, lse = attend_rows(q, k, v, direct, _scores(call), call.bias, _plain(call, direct))
         return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
-    spare = call.q.new_zeros(
-        1, call.q.shape[3]
-    )  # takes what pads a bucket; its logits are 0, and nobody reads its output
+    spare = call.q.new_zeros(1, call.q.shape[3])  # pads a bucket: its logits are 0, and nobody reads its output
     k, v = _flat(call.k), _flat(call.v)
     if layout.combine == "softmax":
         plan = group_plan(call, layout, _budget(call.q.device))
