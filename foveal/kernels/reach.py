@@ -19,8 +19,8 @@ def unshifted_rows(call: AttentionCall, plan: Plan) -> Tensor | bool:
     """``(B, H, Nq)`` bool, or the same answer for all rows.
 
     By Cauchy-Schwarz no logit of a row is larger than its query times the longest key. Only keys before the end of what the row may
-    see count, and none that are padding, so that what is hidden from a row does not decide how it is rounded. False where the call
-    has a bias; where keys are read less than about once (their lengths would cost more than the maxima); on a GPU, which would
+    see count, and none that are padding, so that neither later keys nor padding decide how it is rounded. False where the call has a
+    bias; where keys are read less than about once (their lengths would cost more than the maxima); on a GPU, which would
     have to wait for the answer.
     """
     base = call.base
