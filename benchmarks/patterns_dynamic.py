@@ -90,7 +90,7 @@ def tensors(length: int) -> tuple[Tensor, Tensor, Tensor]:
 def select(name: str, q: Tensor, k: Tensor, earlier: Layout | None) -> Layout | None:
     """The layout of one call, chosen afresh: nothing is kept between calls."""
     case, length = CASES[name], k.shape[2]
-    base = BaseMask.build(q.shape[2], length, causal=case.causal)
+    base = BaseMask.build(q.shape[2], length, causal=case.causal, device=q.device)
     ctx = SelectContext(base, 1, q_offset=max(base.shift, 0), grid=grid(length), earlier={0: Selection(earlier, None)})
     return case.pattern(length).select(q, k, ctx, None)[0]
 

@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from neighborhood_speed import CASES as GRIDS
 from neighborhood_speed import Case as Grid
 from neighborhood_speed import natten_job, ways
 from patterns_dynamic import CASES as CHOOSING
-from patterns_dynamic import DIM, HEADS, grid, tensors
+from patterns_dynamic import DIM, HEADS, select, tensors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,7 +36,7 @@ from foveal.bench.peaks import machine_peaks
 from foveal.bench.results import rounded, write_result
 from foveal.bench.timing import Spread, interleaved, speedups
 from foveal.core.base_mask import BaseMask
-from foveal.core.context import SelectContext, Selection
+from foveal.core.context import SelectContext
 from foveal.core.density import measure
 from foveal.core.layouts import Layout
 from foveal.kernels import IMPLEMENTATIONS
@@ -122,10 +123,7 @@ def choosing(name: str, length: int, impls: list[str], repeats: int, device: str
     causal_base = BaseMask.build(length, length, causal=True, device=device)
     earlier = CHOOSING["block_topk"].pattern(length).select(q, k, SelectContext(causal_base), None)[0]
 
-    def choose() -> Layout | None:
-        ctx = SelectContext(base, 1, grid=grid(length), earlier={0: Selection(earlier, None)})
-        return case.pattern(length).select(q, k, ctx, None)[0]
-
+    choose = partial(select, name, q, k, earlier)
     return compare((q, k, v), choose(), base, choose, impls, repeats, {})
 
 

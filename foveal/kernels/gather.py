@@ -6,6 +6,8 @@ Only kept blocks, keys or groups are gathered; everything else costs nothing. Ea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -65,31 +67,28 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _plain(call: AttentionCall, plan: Plan) -> Tensor | bool:
-    """:func:`unshifted_rows` of q padded to whole units and flattened."""
+def _planned(call: AttentionCall, plan: Plan, owner: Tensor | None = None, spare: int = 0) -> Plan:
+    """The plan, told which of its rows need no maximum: those of q padded to whole units, or the rows ``owner`` of q; and spare ones."""
     rows = unshifted_rows(call, plan)
-    if isinstance(rows, bool):
-        return rows
-    return torch.nn.functional.pad(rows, (0, -rows.shape[2] % plan.q_unit)).flatten()
-
-
-def _with_spare(rows: Tensor | bool) -> Tensor | bool:
-    return rows if isinstance(rows, bool) else torch.nn.functional.pad(rows.flatten(), (0, 1))
+    if isinstance(rows, Tensor):
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[2] % plan.q_unit)).flatten()
+        rows = torch.nn.functional.pad(rows if owner is None else rows[owner], (0, spare))
+    return replace(plan, plain=rows)
 
 
 def _blocks(call: AttentionCall, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
-    plan = block_plan(call, mask, _budget(call.q.device))
+    plan = _planned(call, block_plan(call, mask, _budget(call.q.device)))
     q, k, v = _pad(call.q, plan.q_unit), _pad(call.k, plan.k_unit), _pad(call.v, plan.k_unit)
-    out, lse = attend_rows(_flat(q), _flat(k), _flat(v), plan, _scores(call), call.bias, _plain(call, plan))
+    out, lse = attend_rows(_flat(q), _flat(k), _flat(v), plan, _scores(call), call.bias)
     return out.view(batch, heads, q.shape[2], -1)[:, :, :q_len], lse.view(batch, heads, q.shape[2])[:, :, :q_len]
 
 
 def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
-    plan = list_plan(call, layout, _budget(call.q.device))
+    plan = _planned(call, list_plan(call, layout, _budget(call.q.device)))
     q = _pad(call.q, plan.q_unit)
-    out, lse = attend_rows(_flat(q), _flat(call.k), _flat(call.v), plan, _scores(call), call.bias, _plain(call, plan))
+    out, lse = attend_rows(_flat(q), _flat(call.k), _flat(call.v), plan, _scores(call), call.bias)
     return out.view(batch, heads, q.shape[2], -1)[:, :, :q_len], lse.view(batch, heads, q.shape[2])[:, :, :q_len]
 
 
@@ -99,18 +98,16 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     direct = direct_plan(call, layout, _budget(call.q.device))
     if direct is not None:
         q, k, v = (_flat(x) for x in (call.q, call.k, call.v))
-        out, lse = attend_rows(q, k, v, direct, _scores(call), call.bias, _plain(call, direct))
+        out, lse = attend_rows(q, k, v, _planned(call, direct), _scores(call), call.bias)
         return out.view(batch, heads, q_len, -1), lse.view(batch, heads, q_len)
     spare = call.q.new_zeros(1, call.q.shape[3])  # pads a bucket: its logits are 0, and nobody reads its output
     k, v = _flat(call.k), _flat(call.v)
     if layout.combine == "softmax":
-        plan = group_plan(call, layout, _budget(call.q.device))
-        q, plain = torch.cat([_flat(call.q), spare]), _with_spare(unshifted_rows(call, plan))
-        out, lse = attend_merged(q, k, v, plan, _scores(call), call.bias, plain)
+        plan = _planned(call, group_plan(call, layout, _budget(call.q.device)), spare=1)
+        out, lse = attend_merged(torch.cat([_flat(call.q), spare]), k, v, plan, _scores(call), call.bias)
         return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
-    plan, owner = member_plan(call, layout, _budget(call.q.device)), owners(call, layout)
+    owner = owners(call, layout)
+    plan = _planned(call, member_plan(call, layout, _budget(call.q.device)), owner, spare=1)
     q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row
-    plain = unshifted_rows(call, plan)
-    plain = _with_spare(plain.flatten()[owner] if isinstance(plain, Tensor) else plain)
-    out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias, plain)
+    out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias)
     return average(call, layout, out[:-1], lse[:-1])

@@ -20,14 +20,7 @@ from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor | None,
-        plan: Plan,
-        scores: Scores,
-        plain: Tensor | bool,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
@@ -36,6 +29,7 @@ class _Merged(torch.autograd.Function):
         norm = torch.zeros_like(top)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
+        plain = plan.plain
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", q, batch.q_rows, dtype, d)
@@ -73,7 +67,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
-        return *found, None, None, None
+        return *found, None, None
 
 
 def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Tensor) -> None:
@@ -86,16 +80,10 @@ def _rescale(total: Tensor, norm: Tensor, where: Tensor, before: Tensor, now: Te
 
 
 def attend_merged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    scores: Scores,
-    table: Tensor | None = None,
-    plain: Tensor | bool = False,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run a plan with ``q_unit`` and ``k_unit`` 1 in which a query row may occur any number of times.
 
     Args and returns as :func:`foveal.kernels.ragged.attend_rows`.
     """
-    return _Merged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores, plain)
+    return _Merged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)

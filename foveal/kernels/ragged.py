@@ -20,14 +20,7 @@ from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
 class _Ragged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor | None,
-        plan: Plan,
-        scores: Scores,
-        plain: Tensor | bool,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, plan: Plan, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
@@ -36,7 +29,7 @@ class _Ragged(torch.autograd.Function):
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
-        plain_units = plain.view(-1, plan.q_unit) if isinstance(plain, Tensor) else None
+        plain = plan.plain if isinstance(plan.plain, bool) else plan.plain.view(-1, plan.q_unit)
         tiny = torch.finfo(dtype).tiny
         with scratch(q.device) as buffers:
             for batch in plan.batches():
@@ -47,8 +40,8 @@ class _Ragged(torch.autograd.Function):
                 top = None
                 if plain is not True:
                     top = s.amax(-1, keepdim=True)
-                    if plain_units is not None:
-                        top.masked_fill_(plain_units[batch.q_rows].view(top.shape), 0.0)
+                    if isinstance(plain, Tensor):
+                        top.masked_fill_(plain[batch.q_rows].view(top.shape), 0.0)
                     blind = batch.hide is not None or batch.bias is not None
                     # a row that sees nothing gets weights 0, not NaN
                     s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top)
@@ -69,17 +62,11 @@ class _Ragged(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
-        return *found, None, None, None
+        return *found, None, None
 
 
 def attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    scores: Scores,
-    table: Tensor | None = None,
-    plain: Tensor | bool = False,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scores: Scores, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run a plan over flattened rows.
 
@@ -88,9 +75,8 @@ def attend_rows(
         plan: which rows meet.
         scores: scale and softcap.
         table: flattened by the plan's bias indices; gradients flow to it.
-        plain: ``(rows_q,)`` bool, or one answer for all: rows whose logits are weighted without looking for their maximum first.
 
     Returns:
         ``out`` ``(rows_q, Dv)`` in q's dtype and ``lse`` ``(rows_q,)`` in the compute dtype; rows of no batch give 0 and −inf.
     """
-    return _Ragged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores, plain)
+    return _Ragged.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, plan, scores)

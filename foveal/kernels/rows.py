@@ -55,6 +55,7 @@ class Plan:
         key_reads: how many key rows all batches gather together, roughly; decides how half precision is converted.
         covers: every row of q is written by a batch, so that outputs need no initial value.
         repeats: a row of q may occur in several attentions, which are merged.
+        plain: ``(rows_q,)`` bool, or one answer for all: rows whose logits are weighted without looking for their maximum first.
     """
 
     batches: Callable[[], Iterable[Batch]]
@@ -63,6 +64,7 @@ class Plan:
     key_reads: int = 0
     covers: bool = False
     repeats: bool = False
+    plain: Tensor | bool = False
 
 
 @dataclass(frozen=True)

@@ -204,14 +204,14 @@ def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, com
 
 def everything(batch: int, heads: int, length: int) -> dict[str, Any]:
     """Layouts that keep every pair, one for each kind of plan; ``groups`` has each query in two groups of other keys."""
-    keys, rows = torch.arange(length), torch.arange(batch * heads * length)
-    halves = torch.arange(2 * batch * heads + 1) * (length // 2)
-    twice = rows.view(-1, 1, length).expand(-1, 2, -1).reshape(-1)
+    keys, own = torch.arange(length), torch.arange(batch * heads * length)
+    halves, wholes = torch.arange(2 * batch * heads + 1) * (length // 2), torch.arange(batch * heads + 1) * length
+    twice = own.view(-1, 1, length).expand(-1, 2, -1).reshape(-1)
     return {
         "blocks": block_mask(torch.full((1, 1, 2, 2), FULL, dtype=torch.int8), (length // 2,) * 2, (length, length)),
         "lists": KeySelection(keys.expand(1, 1, 2, -1), block_size=length // 2),
-        "groups": Groups(twice, 2 * halves, rows, halves, per_head=True),
-        "disjoint groups": Groups(rows, 2 * halves[::2] // 2, rows, 2 * halves[::2] // 2, per_head=True),
+        "groups": Groups(twice, 2 * halves, own, halves, per_head=True),
+        "disjoint groups": Groups(own, wholes, own, wholes, per_head=True),
     }
 
 
