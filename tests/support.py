@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from foveal.core.base_mask import BaseMask
 from foveal.core.context import SelectContext
@@ -276,3 +278,15 @@ def assert_close(got: Tensor, expected: Tensor, atol: float = 1e-10, what: str =
     assert bool(same.all()), (
         f"{what}: {int((~same).sum())} of {same.numel()} values differ, by up to {float(worst):.3g}"
     )
+
+
+def allocated_peak(work: Callable[[], Any]) -> int:
+    """Most bytes that torch's CPU allocator held at once for ``work`` (not resident memory: the same on every machine)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    now = peak = 0
+    changes = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

@@ -21,7 +21,7 @@ from foveal.layers.neighborhood import (
 )
 
 from ..neighbors import axes, dense, mask
-from ..support import assert_close
+from ..support import allocated_peak, assert_close
 
 WAYS: list[dict[str, Any]] = [
     {},
@@ -219,3 +219,15 @@ def test_the_three_forms_swap_inside_a_module() -> None:
 def test_bad_input_is_named(run: Any, error: type[FovealError], message: str) -> None:
     with pytest.raises(error, match=message):
         run()
+
+
+def test_the_form_that_stores_its_weights_doubles_with_four_times_the_window() -> None:
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 48, 48, 4, 64, generator=make) for _ in range(3))
+
+    def peak(form: Any, window: int) -> int:
+        with torch.no_grad():
+            return allocated_peak(lambda: neighborhood_attention(q, k, v, window, form=form))
+
+    assert peak("gemm", 16) > 2 * peak("gemm", 8) > 0
+    assert peak("fused", 16) < peak("gemm", 8)
