@@ -87,7 +87,7 @@ class BaseMask:
             ShapeError: when ``segments`` or ``valid`` do not fit.
         """
         shift = (kv_len - q_len if causal else 0) if shift is None else int(shift)
-        own = torch.arange(q_len, device=device) + shift  # key index of each row
+        own = torch.arange(shift, shift + q_len, device=device)  # key index of each row
         lo = torch.zeros_like(own)
         hi = torch.full_like(own, kv_len)
         if causal:
@@ -122,8 +122,9 @@ class BaseMask:
                 valid = None
             elif segments is None:
                 rank = valid.long().cumsum(-1) - 1 + kv_offset
-        lo = lo.clamp(max=kv_len)
-        hi = torch.maximum(hi, lo)
+        if window is not None or chunk is not None or segments is not None:  # elsewhere rows begin at key 0
+            lo = lo.clamp(max=kv_len)
+            hi = torch.maximum(hi, lo)
         plain = (
             window is None
             and chunk is None

@@ -21,7 +21,7 @@ __all__ = ["BlockMask", "Groups", "KeySelection", "Layout", "block_mask", "block
 
 @dataclass(frozen=True, eq=False)
 class KeySelection:
-    """For each block of query rows, a list of key positions.
+    """For each block of query rows, a list of key positions. Its tensors stay as they are: what was checked is not checked again.
 
     Attributes:
         index: ``(B or 1, heads, blocks, K)`` int64 key indices with heads in {1, Hkv, H}; −1 pads; positions in one list
@@ -75,7 +75,8 @@ class KeySelection:
 class Groups:
     """Sets of queries and keys that attend among themselves, as ragged lists.
 
-    Group ``g`` lets queries ``q_index[cu_q[g]:cu_q[g+1]]`` see keys ``k_index[cu_k[g]:cu_k[g+1]]``.
+    Group ``g`` lets queries ``q_index[cu_q[g]:cu_q[g+1]]`` see keys ``k_index[cu_k[g]:cu_k[g+1]]``. The tensors stay as they are:
+    what was checked or worked out of them is kept.
 
     Attributes:
         q_index: ``(Tq,)`` int64. Per head: ``(b·H + h)·Nq + i``; shared by heads: ``b·Nq + i``.
@@ -134,23 +135,29 @@ class Groups:
                 )
         q_top = batch * (num_heads if self.per_head else 1) * q_len
         k_top = batch * (num_kv_heads if self.per_head else 1) * kv_len
-        for name, index, top in (("q_index", self.q_index, q_top), ("k_index", self.k_index, k_top)):
+        sides = []
+        for name, cu, index, top in (
+            ("q_index", self.cu_q, self.q_index, q_top),
+            ("k_index", self.cu_k, self.k_index, k_top),
+        ):
             low, high = (int(x) for x in torch.aminmax(index)) if index.numel() else (0, -1)
             if low < 0 or high >= top:
                 raise ShapeError(f"Groups.{name} spans {low}…{high}; expected 0…{top - 1}.")
-        for name, cu, index in (("q_index", self.cu_q, self.q_index), ("k_index", self.cu_k, self.k_index)):
-            if self._repeats(cu, index, q_top + k_top):
+            rising = _rises(cu, index)
+            counts, ends = _ends(cu, index) if rising else (cu.diff(), index)
+            if not rising and _repeats(counts, index, q_top + k_top):
                 raise ShapeError(
                     f"Groups.{name} repeats a row inside one group; list each query and key of a group once."
                 )
-        unit_q, unit_k = self.q_index // max(q_len, 1), self.k_index // max(kv_len, 1)
+            sides.append((counts, ends))
+        (n_q, rows), (n_k, keys) = sides
+        unit_q, unit_k = rows // max(q_len, 1), keys // max(kv_len, 1)
         if self.per_head:  # query heads that share a key head may share a group
             unit_q = unit_q // num_heads * num_kv_heads + unit_q % num_heads // (num_heads // num_kv_heads)
-        n_q, n_k = self.cu_q.diff(), self.cu_k.diff()
         home = torch.zeros_like(n_q)  # of a group's first query, or first key where it has no query
-        for n, cu, unit in ((n_k, self.cu_k, unit_k), (n_q, self.cu_q, unit_q)):
+        for n, unit in ((n_k, unit_k), (n_q, unit_q)):
             if unit.numel():
-                home = torch.where(n > 0, unit[cu[:-1].clamp(max=unit.numel() - 1)], home)
+                home = torch.where(n > 0, unit[(n.cumsum(0) - n).clamp(max=unit.numel() - 1)], home)
         for n, unit in ((n_q, unit_q), (n_k, unit_k)):
             strangers = unit != torch.repeat_interleave(home, n)
             if bool(strangers.any()):
@@ -160,16 +167,27 @@ class Groups:
                     "make one group for each."
                 )
 
-    def _repeats(self, cu: Tensor, index: Tensor, top: int) -> bool:
-        """Whether a group lists a row below ``top`` twice."""
-        falls = index[1:] <= index[:-1]
-        starts = cu[1:-1]
-        falls[starts[(starts > 0) & (starts < index.numel())] - 1] = False  # from one group to the next
-        if not bool(falls.any()):
-            return False  # lists that rise, as patterns make them, need no sorting
-        group = torch.repeat_interleave(torch.arange(cu.numel() - 1, device=cu.device), cu.diff())
-        ordered = (group * top + index).sort().values
-        return bool((ordered[1:] == ordered[:-1]).any())
+
+def _rises(cu: Tensor, index: Tensor) -> bool:
+    """Whether every group's list rises, as patterns make them: then its two ends stand for all of it."""
+    steps = index.diff()
+    starts = cu[1:-1]
+    steps[starts[(starts > 0) & (starts < index.numel())] - 1] = 1  # from one group to the next
+    return not steps.numel() or int(steps.min()) > 0
+
+
+def _ends(cu: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries per group, 2 or 0, and the first and the last entry of every list that has any."""
+    some = cu.diff() > 0
+    ends = torch.stack([cu[:-1], cu[1:] - 1], -1)[some].flatten()
+    return some * 2, index[ends]
+
+
+def _repeats(counts: Tensor, index: Tensor, top: int) -> bool:
+    """Whether a group lists a row below ``top`` twice."""
+    group = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    ordered = (group * top + index).sort().values
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 Layout = BlockMask | KeySelection | Groups

@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -331,6 +332,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError("v has head_dim 0; expected at least 1.")
 
 
+_validated: weakref.WeakKeyDictionary[KeySelection | Groups, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+"""Sizes for which a layout was found right: layers and steps share layouts, and the tensors of one never change."""
+
+
 def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
     if mask is None:
         return None
@@ -343,7 +348,11 @@ def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> La
             )
         return mask
     if isinstance(mask, (KeySelection, Groups)):
-        mask.validate(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        fits = _validated.setdefault(mask, set())
+        if sizes not in fits:
+            mask.validate(*sizes)
+            fits.add(sizes)
         return mask
     if hasattr(mask, "select") and not isinstance(mask, Tensor):
         layout, _ = mask.select(q, k, SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0)), None)

@@ -26,7 +26,9 @@ def unshifted_rows(call: AttentionCall, plan: Plan) -> Tensor | bool:
     base = call.base
     if call.bias is not None or call.q.device.type != "cpu" or plan.key_reads < math.prod(call.k.shape[:3]):
         return False
-    q, k, v = (torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype)) for x in (call.q, call.k, call.v))
+    q, k, v = (
+        torch.linalg.vector_norm(x.detach(), dim=-1, dtype=compute_dtype(x.dtype)) for x in (call.q, call.k, call.v)
+    )
     if base.valid is not None:
         k, v = (x.where(base.valid[:, None], 0.0) for x in (k, v))
     factor = abs(call.scale) * LOG2_E

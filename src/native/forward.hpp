@@ -1,5 +1,6 @@
 // The forward pass for many rows: out and lse of chunks of query rows, over the panels of keys that they see.
-// Keys and values are packed once per key head and shared by all rows and query heads. A few key heads take their turn after
+// Keys and values are packed once per key head and shared by all rows and query heads; values that lie as packing would lay them
+// stay where they are. A few key heads take their turn after
 // each other, as many as keep all threads busy, so that what is packed is still in the cache when it is used.
 #pragma once
 
@@ -17,6 +18,7 @@ struct Forward {
   const Chunking cut;
   const long panels, steps, wide;  // panels of keys, units per row of q and k, padded channels of v
   const long group, turn;          // query heads per key head; key heads (of all batch rows) per turn
+  const bool in_place;             // values need no packing
   long first = 0, here = 0;        // key heads of this turn
   Unit *keys = nullptr, *values = nullptr;
   std::uint64_t* valid_bits = nullptr;
@@ -30,11 +32,17 @@ struct Forward {
         steps(steps_of<P>(p.dim)),
         wide(padded(p.dim_v)),
         group(p.heads / p.kv_heads),
-        turn(least(p.batch * p.kv_heads, ceil_div(TASKS_PER_THREAD * threads, group * cut.count))) {}
+        turn(least(p.batch * p.kv_heads, ceil_div(TASKS_PER_THREAD * threads, group * cut.count))),
+        in_place(!P::pairs && rows_are_packed(p.v, p.type, p.dim_v)) {}
 
   long value_steps() const { return panels * PANEL / P::per_unit; }
   Unit* keys_of(long kv) const { return keys + (kv - first) * panels * steps * PANEL; }
   Unit* values_of(long kv) const { return values + (kv - first) * value_steps() * wide; }
+  Keys packed(long kv) const {
+    if (!in_place) return {keys_of(kv), values_of(kv), value_steps()};
+    const char* v = row_at(p.v, p.type, kv / p.kv_heads, kv % p.kv_heads, 0);
+    return {keys_of(kv), reinterpret_cast<const Unit*>(v), value_steps(), nullptr, 0, p.kv_len};
+  }
 
   struct Scratch {
     Softmax<P> rows;
@@ -51,7 +59,7 @@ struct Forward {
   long lay_out(char* at, int threads) {
     Carve memory{at};
     keys = memory.take<Unit>(turn * panels * steps * PANEL);
-    values = memory.take<Unit>(turn * value_steps() * wide);
+    values = memory.take<Unit>(in_place ? 0 : turn * value_steps() * wide);
     valid_bits = take_valid(p, memory);
     Carve own{nullptr};
     Scratch(*this, own);
@@ -67,6 +75,7 @@ struct Forward {
     const long count = least(PANEL, p.kv_len - which.first);
     Unit* temp = scratch_of(worker).temp;
     pack_columns<P>(p.k, p.type, b, h, which, count, p.dim, keys_of(kv) + panel * steps * PANEL, temp);
+    if (in_place) return;
     pack_rows<P>(p.v, p.type, b, h, which, count, PANEL, p.dim_v, values_of(kv), value_steps(), which.first / P::per_unit,
                  reinterpret_cast<float*>(temp));
   }
@@ -78,7 +87,7 @@ struct Forward {
     if (chunk.rows <= 0) return;
     [[maybe_unused]] const typename P::Session session;
     const Softmax<P> rows = scratch_of(worker).rows;
-    const Keys from{keys_of(head / group), values_of(head / group), value_steps()};
+    const Keys from = packed(head / group);
     rows.begin(chunk);
     long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;

@@ -204,6 +204,8 @@ struct Grouped {
         const Chunk c = attend(pieces.piece[n], h, mine);
         for (long r = 0; r < c.rows; r++) join(at + b * p.heads * p.q_len + query_of(c, r), mine.rows.o + r * wide, mine.rows.most_seen[r], mine.rows.sum[r]);
       }
+    const long panels = ceil_div(p.q_len, PANEL);
+    for (long i = 0; splits == 1 && i < group * panels; i++) write((b * p.heads + kv * group) * panels + i, worker);  // still in the cache
   }
 
   void join(long row, const float* o, float top, float total) const {
@@ -248,6 +250,7 @@ void grouped_as(const Problem& p, Pool& pool, int threads) {
   f.pieces.fill();
   if (!f.joint) return pool.run(threads, f.tasks(), [](void* x, long i, int worker) { static_cast<G*>(x)->attend_one(i, worker); }, &f);
   pool.run(threads, f.tasks(), [](void* x, long i, int worker) { static_cast<G*>(x)->attend_in_turn(i, worker); }, &f);
+  if (f.splits == 1) return;
   pool.run(threads, p.batch * p.heads * ceil_div(p.q_len, PANEL), [](void* x, long i, int worker) { static_cast<G*>(x)->write(i, worker); }, &f);
 }
 

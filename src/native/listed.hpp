@@ -9,6 +9,7 @@ namespace foveal::FOVEAL_VARIANT {
 inline Shows shows_listed(const Chunk& c, const std::int64_t* list, long count, std::uint64_t* bits, long stride) {
   const Problem& p = *c.problem;
   const std::uint8_t* valid = p.visible.valid ? p.visible.valid + (p.visible.valid_batch > 1 ? c.b : 0) * p.kv_len : nullptr;
+  if (count == PANEL && !valid && !c.blind_rows && c.lo_most <= 0 && c.hi_least >= p.kv_len) return Shows::all;
   std::int64_t first = list[0], last = list[0];
   std::uint64_t real = 0;
   bool run = true;  // positions that follow each other

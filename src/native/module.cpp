@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -270,6 +271,30 @@ void softmax_rows(Address x, Address q, Address keys, long dim, long first, long
   variant.softmax_rows(r, lock.pool, threads < 1 ? 1 : threads);
 }
 
+using TileLists = std::tuple<Address, Address, long>;  // counts (outer, lists), tiles (outer, lists, width), width; counts 0: none
+
+// Marks the tiles (outer, rows, tiles) that lists name; false where one names a tile that does not exist.
+bool mark(const TileLists& from, long outer, long lists, std::int8_t* kinds, long rows, long tiles, std::int8_t as) {
+  const std::int32_t *count = at<std::int32_t>(std::get<0>(from)), *tile = at<std::int32_t>(std::get<1>(from));
+  const long width = std::get<2>(from);
+  for (long i = 0; count && i < outer * lists; i++) {
+    if (count[i] < 0 || count[i] > width) return false;
+    for (long j = 0; j < count[i]; j++) {
+      const long t = tile[i * width + j];
+      if (t < 0 || t >= tiles) return false;
+      if (i % lists < rows) kinds[(i / lists * rows + i % lists) * tiles + t] = as;
+    }
+  }
+  return true;
+}
+
+// Kinds of a mask's tiles from its lists of partial and of whole ones.
+bool tile_kinds(const TileLists& partial, const TileLists& whole, long outer, long lists, long rows, long tiles, Address kinds) {
+  std::int8_t* const to = reinterpret_cast<std::int8_t*>(kinds);
+  std::memset(to, 0, (std::size_t)(outer * rows * tiles));
+  return mark(partial, outer, lists, to, rows, tiles, 1) && mark(whole, outer, lists, to, rows, tiles, 2);
+}
+
 // Operations of a bare multiply-add loop on every thread.
 double peak(bool pairs, long rounds, int threads) {
   struct Job {
@@ -297,6 +322,8 @@ NB_MODULE(_native, m) {
   m.def("variant", [] { return std::string(current().name); }, "The one in use.");
   m.def("choose", choose, "Use this one from now on; an empty name means the best.");
   m.def("peak", foveal::peak, nb::arg("pairs"), nb::arg("rounds"), nb::arg("threads"));
+  m.def("tile_kinds", tile_kinds, nb::arg("partial"), nb::arg("whole"), nb::arg("outer"), nb::arg("lists"), nb::arg("rows"), nb::arg("tiles"),
+        nb::arg("kinds"));
   m.def("pack_keys", foveal::pack_keys, nb::arg("keys"), nb::arg("count"), nb::arg("dim"), nb::arg("to"), nb::arg("threads"));
   m.def("softmax_rows", foveal::softmax_rows, nb::arg("x"), nb::arg("q"), nb::arg("keys"), nb::arg("dim"), nb::arg("first"), nb::arg("heads"),
         nb::arg("rows"), nb::arg("width"), nb::arg("lo"), nb::arg("hi"), nb::arg("sink"), nb::arg("hidden"), nb::arg("own"), nb::arg("facts"), nb::arg("each"), nb::arg("sums"), nb::arg("threads"));

@@ -209,6 +209,12 @@ inline void pack_rows(const Strided& x, Type type, long b, long h, Rows which, l
   }
 }
 
+// Whether pack_rows would copy float rows as they lie: nothing to convert or to pad, one panel of channels, whole cache lines.
+inline bool rows_are_packed(const Strided& x, Type type, long dim) {
+  const bool lines = reinterpret_cast<std::uintptr_t>(x.data) % 64 == 0 && x.step[0] % 16 == 0 && x.step[1] % 16 == 0;
+  return type == Type::f32 && dim <= PANEL && dim % 16 == 0 && x.step[3] == 1 && x.step[2] == dim && lines;
+}
+
 // Rows of `x` as a left operand, `to` [count][steps].
 template <class P>
 inline void pack_left(const Strided& x, Type type, long b, long h, Rows which, long count, long dim, Unit* to) {

@@ -4,6 +4,8 @@
 //   O = O·f + P·V   f makes up for a new maximum
 #pragma once
 
+#include <bit>
+#include <climits>
 #include <cmath>
 
 #include "carve.hpp"
@@ -23,7 +25,20 @@ struct Keys {
   long value_steps;                    // of one panel of channels
   const std::int64_t* list = nullptr;  // the keys' positions where they are a list, and how many
   long listed = 0;
+  long value_rows = LONG_MAX;  // nothing lies behind these; what is packed has whole panels
 };
+
+// Keys of a panel between the first and the last that some row sees, in whole tiles of the multiplying unit.
+struct Span {
+  long first = 0, last = PANEL;
+};
+
+template <class P>
+inline Span span_of(std::uint64_t seen) {
+  constexpr long unit = P::tiles ? 32 : 16;
+  if (!seen) return {0, 0};
+  return {std::countr_zero(seen) / unit * unit, PANEL - std::countl_zero(seen) / unit * unit};
+}
 
 template <class P>
 struct Softmax {
@@ -52,8 +67,9 @@ struct Softmax {
   void step(const Chunk& c, const Keys& from, const long* block, long count) const {
     constexpr long ld = BLOCK_PANELS<P> * PANEL;
     std::uint64_t seen[BLOCK_PANELS<P>];  // by any of the rows at once
+    Span span[BLOCK_PANELS<P>];
     if (!cut_block && !P::tiles)  // a panel stays in the first-level cache for all rows
-      for (long n = 0; n < count; n++) multiply(from, block[n], n, 0, c.rows);
+      for (long n = 0; n < count; n++) multiply(from, block[n], n, 0, c.rows, Span{});
     for (long r = 0; r < c.rows; r += P::rows_at_once) {
       const long rows = least(P::rows_at_once, c.rows - r);
       for (long n = 0; n < count; n++) {
@@ -61,21 +77,24 @@ struct Softmax {
         if (cut_block) {
           seen[n] = 0;
           for (long i = r; i < r + rows; i++) seen[n] |= bits[i * BLOCK_PANELS<P> + n];
+          span[n] = span_of<P>(seen[n]);
         }
-        if (cut_block ? seen[n] != 0 : P::tiles) multiply(from, block[n], n, r, rows);
+        if (cut_block ? seen[n] != 0 : P::tiles) multiply(from, block[n], n, r, rows, span[n]);
         if (cut_block || shaped(p))
           for (long i = r; i < r + rows; i++)
             logits<cut_block>(c, from, i, block[n], s + i * ld + n * PANEL, bits[i * BLOCK_PANELS<P> + n], seen[n]);
       }
-      softmax(r, rows, count * PANEL);
-      weigh<cut_block>(from, r, rows, block, count, seen);
+      const long last = cut_block ? span[count - 1].last : PANEL;
+      softmax(r, rows, most(16, (count - 1) * PANEL + last));
+      weigh<cut_block>(from, r, rows, block, count, span);
     }
   }
 
-  // Products of rows and one panel, the n-th of its block.
-  void multiply(const Keys& from, long panel, long n, long r, long rows) const {
+  // Products of rows and keys of one panel, the n-th of its block.
+  void multiply(const Keys& from, long panel, long n, long r, long rows, Span span) const {
     constexpr long ld = BLOCK_PANELS<P> * PANEL;
-    product<P, Start::zero>(rows, queries + r * steps, steps, from.k + panel * steps * PANEL, PANEL, steps, s + r * ld + n * PANEL, ld, PANEL);
+    product<P, Start::zero>(rows, queries + r * steps, steps, from.k + panel * steps * PANEL + span.first, PANEL, steps,
+                            s + r * ld + n * PANEL + span.first, ld, span.last - span.first);
   }
 
   template <bool cut_block>
@@ -134,21 +153,23 @@ struct Softmax {
 
   // o = o · factor + weights · values; neighbouring panels run as one product.
   template <bool cut_block>
-  void weigh(const Keys& from, long r, long rows, const long* block, long count, const std::uint64_t* seen) const {
+  void weigh(const Keys& from, long r, long rows, const long* block, long count, const Span* span) const {
     constexpr long ld = BLOCK_PANELS<P> * PANEL;
     const Unit* w = reinterpret_cast<const Unit*>(s + r * ld);
     bool started = false;
     for (long n = 0; n < count;) {
-      if (cut_block && !seen[n]) {
+      if (cut_block && !span[n].last) {
         n++;
         continue;
       }
       long end = n + 1;
-      while (end < count && block[end] == block[end - 1] + 1 && (!cut_block || seen[end])) end++;
-      const long first = n * PANEL / P::per_unit, length = (end - n) * PANEL / P::per_unit;
+      while (end < count && block[end] == block[end - 1] + 1 && (!cut_block || span[end].last)) end++;
+      const long start = cut_block ? span[n].first : 0, stop = (end - 1 - n) * PANEL + (cut_block ? span[end - 1].last : PANEL);
+      const long first = (n * PANEL + start) / P::per_unit, key = block[n] * PANEL + start;
+      const long length = least(stop - start, from.value_rows - key) / P::per_unit;
       for (long c0 = 0; c0 < wide; c0 += PANEL) {
         const long width = least(PANEL, wide - c0);
-        const Unit* values = from.v + c0 * from.value_steps + block[n] * PANEL / P::per_unit * width;
+        const Unit* values = from.v + c0 * from.value_steps + key / P::per_unit * width;
         float* to = o + r * wide + c0;
         if (started) {
           product<P, Start::sum>(rows, w + first, ld, values, width, length, to, wide, width);
@@ -181,8 +202,11 @@ struct Softmax {
   void write(const Chunk& c, long r, float* from, float top, float total, float spread_of) const {
     const long row = c.to >= 0 ? c.to + r : c.b * p.heads * p.q_len + query_of(c, r);
     const Vec share = set1(total == 0.0f ? 0.0f : 1.0f / total);
-    for (long j = 0; j < wide; j += LANES) store(from + j, mul(load(from + j), share));
-    write_floats(type_of_out(p), from, p.dim_v, static_cast<char*>(p.out) + row * p.dim_v * size_of(type_of_out(p)));
+    char* out = static_cast<char*>(p.out) + row * p.dim_v * size_of(type_of_out(p));
+    const bool straight = type_of_out(p) == Type::f32 && wide == p.dim_v;
+    float* to = straight ? reinterpret_cast<float*>(out) : from;
+    for (long j = 0; j < wide; j += LANES) store(to + j, mul(load(from + j), share));
+    if (!straight) write_floats(type_of_out(p), from, p.dim_v, out);
     p.lse[row] = total == 0.0f ? -INF : (top + std::log2(total)) * LN_2;
     if (p.entropy) p.entropy[row] = total == 0.0f ? 0.0f : (std::log2(total) - spread_of / total) * LN_2;
   }

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from foveal.core.base_mask import EMPTY, FULL, PARTIAL, BaseMask
 from foveal.core.errors import ShapeError
-from foveal.core.layouts import block_mask, block_mask_kinds, narrow
+from foveal.core.layouts import Groups, block_mask, block_mask_kinds, narrow
 
 from ..support import Host, listed
 
@@ -74,3 +74,36 @@ def test_a_mask_for_other_lengths_is_refused() -> None:
 
 def test_full_means_whole() -> None:
     assert (EMPTY, PARTIAL, FULL) == (0, 1, 2)
+
+
+@given(st.data(), st.booleans(), st.booleans())
+def test_groups_are_refused_exactly_when_a_list_is_wrong(data: st.DataObject, per_head: bool, rising: bool) -> None:
+    batch, heads, kv_heads, q_len, kv_len = 2, 4, 2, 3, 4
+    tops = (batch * heads * q_len, batch * kv_heads * kv_len) if per_head else (batch * q_len, batch * kv_len)
+    sides = []
+    for top, length in zip(tops, (q_len, kv_len), strict=True):
+        entry = st.integers(*data.draw(st.sampled_from([(0, length - 1), (0, top - 1), (-1, top)])))
+        lists = data.draw(st.lists(st.lists(entry, max_size=4, unique=True), min_size=2, max_size=2))
+        sides.append([sorted(x) for x in lists] if rising else lists)
+
+    def unit(side: int, entry: int) -> int:
+        found = entry // (q_len, kv_len)[side]
+        return found // heads * kv_heads + found % heads // (heads // kv_heads) if per_head and side == 0 else found
+
+    inside = all(0 <= x < tops[side] for side in (0, 1) for one in sides[side] for x in one)
+    alone = all(len({unit(side, x) for side in (0, 1) for x in sides[side][g]}) <= 1 for g in range(2))
+    twice = data.draw(st.booleans()) and bool(sides[0][0])
+    if twice:
+        sides[0][0].append(sides[0][0][0])
+    parts = []
+    for lists in sides:
+        parts += [
+            torch.tensor(lists[0] + lists[1]).long(),
+            torch.tensor([0, len(lists[0]), len(lists[0]) + len(lists[1])]),
+        ]
+    groups = Groups(*parts, per_head=per_head)
+    if inside and alone and not twice:
+        groups.validate(batch, heads, kv_heads, q_len, kv_len)
+    else:
+        with pytest.raises(ShapeError):
+            groups.validate(batch, heads, kv_heads, q_len, kv_len)

@@ -143,6 +143,22 @@ def test_errors_name_argument_value_and_expectation(case: str) -> None:
         foveal.attention(**arguments)
 
 
+def test_a_layout_is_checked_once_for_each_size() -> None:
+    q, k, v = qkv()
+    layout = Groups(ids(0, 1), ids(0, 2), ids(5), ids(0, 1))
+    calls = []
+    check = Groups.validate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Groups, "validate", lambda self, *sizes: (calls.append(sizes), check(self, *sizes))[1])
+        for _ in range(2):
+            foveal.attention(q, k, v, layout)
+        assert len(calls) == 1
+        for _ in range(2):  # what is wrong stays wrong
+            with pytest.raises(ShapeError, match="k_index spans 5…5"):
+                foveal.attention(q[:1, :, :2], k[:1, :, :2], v[:1, :, :2], layout)
+        assert len(calls) == 3
+
+
 def test_errors_are_also_the_builtin_kind() -> None:
     assert issubclass(ShapeError, ValueError)
     assert issubclass(ConfigError, ValueError)

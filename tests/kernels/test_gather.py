@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -80,6 +81,13 @@ def test_backward_twice_and_second_derivatives_raise() -> None:
     (grad,) = torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_training_is_silent() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 8).requires_grad_() for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        foveal.attention(q, k, v, SlidingWindow(9), causal=True, impl="gather").sum().backward()
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:

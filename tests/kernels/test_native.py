@@ -27,7 +27,7 @@ from foveal.patterns import SlidingWindow
 
 from ..strategies import Call, calls, finite, hosts, random_blocks, random_groups, random_lists
 from ..support import assert_close
-from .isas import VARIANTS
+from .isas import VARIANTS, on
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -376,6 +376,18 @@ def test_any_strides_without_copies(dtype: torch.dtype) -> None:
             torch.autograd.grad(attend(Call(*leaves, None, True, {}), "native")[0].sum(), leaves) for leaves in both
         ]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize("kv_len", [130, 192, 255])
+def test_what_lies_behind_values_is_not_read(kv_len: int, isa: str) -> None:
+    q, k, cache = (torch.randn(2, 2, n, 64, generator=torch.Generator().manual_seed(n)) for n in (200, kv_len, 256))
+    v = cache[:, :, :kv_len]
+    want, _ = attend(Call(q, k, v.clone(), None, True, {}), "native")
+    cache[:, :, kv_len:] = torch.nan
+    with on(isa):
+        out, _ = attend(Call(q, k, v, None, True, {}), "native")
+    assert_close(out, want, 1e-5)
 
 
 def test_rows_that_see_nothing(isa: str) -> None:

@@ -17,7 +17,7 @@ from ...core.layouts import Groups, KeySelection
 from ..call import AttentionCall
 from ..group_plan import average
 
-DOORS = ("forward", "backward", "softmax_rows", "pack_keys", "linear")
+DOORS = ("forward", "backward", "softmax_rows", "pack_keys", "tile_kinds", "linear")
 """What the C++ part must offer; a build of older sources does not."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import noop_mask
 
 from ...core.base_mask import EMPTY, PARTIAL, BaseMask, Predicate
 from ...core.errors import ShapeError
-from ...core.layouts import BlockMask, Groups, KeySelection, block_mask_kinds
+from ...core.layouts import BlockMask, Groups, KeySelection
 from ..block_plan import reads
 from ..call import AttentionCall
 
@@ -123,11 +123,7 @@ def _visible(call: AttentionCall, base: BaseMask, mask: BlockMask | None) -> Vis
     if mask is None and base.predicate is None:
         return Visible(*bounds)
     tile = (BLOCK, BLOCK) if mask is None else mask.BLOCK_SIZE
-    if mask is None:
-        kinds = base.block_map(*tile)[:, None]
-    else:
-        check(mask, base)
-        kinds = block_mask_kinds(mask)
+    kinds = base.block_map(*tile)[:, None] if mask is None else tile_kinds(mask, base)
     allowed = None
     if base.predicate is not None:
         allowed = base.block_map(*tile)[:, None]
@@ -143,27 +139,51 @@ def _visible(call: AttentionCall, base: BaseMask, mask: BlockMask | None) -> Vis
     return Visible(*bounds, kinds.contiguous(), slot, table, tile=tile)
 
 
-def check(mask: BlockMask, base: BaseMask) -> None:
-    """Raise :class:`ShapeError` unless the mask fits the lengths and every index lies inside."""
+@torch.compiler.disable  # reads what the lists hold
+def tile_kinds(mask: BlockMask, base: BaseMask) -> Tensor:
+    """``(B, H, q tiles, kv tiles)`` int8 kinds of a mask's tiles; as ``block_mask_kinds``, in one pass that checks them.
+
+    Raises:
+        ShapeError: a mask for other lengths, or lists that name a tile which does not exist.
+    """
+    from . import _native
+
     if tuple(mask.seq_lengths) != (base.q_len, base.kv_len):
         raise ShapeError(
             f"the BlockMask was made for (q_len, kv_len) = {tuple(mask.seq_lengths)}; expected {(base.q_len, base.kv_len)}. "
             "Build it for these lengths, or pass a Pattern, which follows the length."
         )
     rows, tiles = -(-base.q_len // mask.BLOCK_SIZE[0]), -(-base.kv_len // mask.BLOCK_SIZE[1])
-    for name, count, index in (
-        ("kv", mask.kv_num_blocks, mask.kv_indices),
-        ("full_kv", mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
-        if count is None or index is None:
-            continue
-        width = index.shape[-1]
-        if count.shape != index.shape[:-1] or index.shape[-2] < rows:
+    batch, heads, listed = mask.kv_num_blocks.shape
+    lists: list[tuple[Tensor, Tensor]] = []
+    for name, count, index in _lists_of(mask):
+        if count.shape != (batch, heads, listed) or index.shape[:-1] != count.shape or listed < rows:
             raise ShapeError(
                 f"the BlockMask's {name}_num_blocks has shape {tuple(count.shape)} and {name}_indices {tuple(index.shape)}; "
-                f"expected (B, H, {rows}) and (B, H, {rows}, tiles)."
+                f"expected ({batch}, {heads}, {rows}) and ({batch}, {heads}, {rows}, tiles)."
             )
-        if count.numel() and (int(count.min()) < 0 or int(count.max()) > width):
+        lists.append((count.to(torch.int32).contiguous(), index.to(torch.int32).contiguous()))
+    kinds = torch.empty(batch, heads, rows, tiles, dtype=torch.int8)
+    places = [(count.data_ptr(), index.data_ptr(), index.shape[-1]) for count, index in lists]
+    whole = places[1] if len(places) > 1 else (0, 0, 0)
+    if not _native.tile_kinds(places[0], whole, batch * heads, listed, rows, tiles, kinds.data_ptr()):
+        _refuse(mask, base.kv_len, tiles)
+    return kinds
+
+
+def _lists_of(mask: BlockMask) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, counts and indices of the lists that a mask has."""
+    found = [("kv", mask.kv_num_blocks, mask.kv_indices)]
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
+        found.append(("full_kv", mask.full_kv_num_blocks, mask.full_kv_indices))
+    return found
+
+
+def _refuse(mask: BlockMask, kv_len: int, tiles: int) -> None:
+    """Say which list is wrong."""
+    for name, count, index in _lists_of(mask):
+        width = index.shape[-1]
+        if int(count.min()) < 0 or int(count.max()) > width:
             raise ShapeError(
                 f"the BlockMask's {name}_num_blocks spans {int(count.min())}…{int(count.max())}; expected 0…{width}, "
                 f"the width of {name}_indices."
@@ -172,7 +192,7 @@ def check(mask: BlockMask, base: BaseMask) -> None:
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= tiles):
             raise ShapeError(
                 f"the BlockMask's {name}_indices names tiles {int(used.min())}…{int(used.max())}; expected 0…{tiles - 1} "
-                f"because {base.kv_len} keys make {tiles} tiles of {mask.BLOCK_SIZE[1]}."
+                f"because {kv_len} keys make {tiles} tiles of {mask.BLOCK_SIZE[1]}."
             )
 
 
