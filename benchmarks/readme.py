@@ -144,8 +144,11 @@ def native_block() -> str:
             cells += [f"{row['times_faster_than_sdpa']['median']:.2f}", f"{row['best_share_of_peak']:.0%}"]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     where = found["provenance"]
+    limits = [found["cases"][f"forward_{dtype}"] for dtype in ("float32", "bfloat16")]
+    peak, sdpa = ([f"{row[name]['best_gflops']:.0f}" for row in limits] for name in ("peak", "sdpa"))
     lines += [
         "",
+        f"The limit here: {peak[0]} GFLOP/s in float32, {peak[1]} in bfloat16; SDPA reaches {sdpa[0]} and {sdpa[1]} of it at 8,192 tokens. "
         f"{found['threads']} threads, 8 heads of 64, instruction set `{found['instruction_set']}`, {_machine(where['machine'])}, "
         f"torch {where['torch']}, {where['date'][:10]}; medians of turns, shares of the limit from the best turn. "
         "Source: `benchmarks/results/native_speed.json`.",
