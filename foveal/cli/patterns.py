@@ -58,16 +58,21 @@ def patterns(
     A picture is drawn when --tokens or --grid is given. Patterns that read content are shown on example queries and keys.
     """
     from ..core.registry import lookup
-    from ..patterns import names
+    from ..patterns import names, operators
     from .guard import output
 
     words = words or []
     if not words and not (settings or tokens or grid or out):
         output().print(render_names(names()))
+        output().print(render_names(operators(), "operators, which run patterns"))
         return
     if len(words) != 2 or words[0] != "show":
         raise typer.BadParameter(
             "expected nothing, or show and one name, for example: foveal patterns show sliding_window --tokens 64"
+        )
+    if words[1] in operators():
+        raise typer.BadParameter(
+            f"{words[1]!r} is an operator, which runs patterns and keeps nothing of its own; expected a pattern, such as sliding_window."
         )
     cls = lookup("pattern", words[1])
     if not (settings or tokens or grid or out):
@@ -91,7 +96,6 @@ def _draw(
     from .draw import DENSE_VIEW, FIGURE_CELLS, HIGH, WIDE, read_settings, terminal, write
     from .guard import output
 
-    pattern = cls.from_json({**example(cls), **read_settings(settings)}, "--set")
     shape = None if grid is None else _numbers("--grid", grid, "x", "16x16")
     if shape is None:
         count = DENSE_VIEW if tokens is None else tokens
@@ -101,6 +105,7 @@ def _draw(
             raise typer.BadParameter(
                 f"--tokens is {count} and --grid {grid} has {math.prod(shape)}; expected at least as many tokens."
             )
+    pattern = cls.from_json({**drawn(cls, count, shape), **read_settings(settings)}, "--set")
     place = _place(shape, query)
     dense = count <= DENSE_VIEW
     rows, columns = (
@@ -143,15 +148,15 @@ def _place(shape: tuple[int, ...] | None, query: str | None) -> int | None:
     return row
 
 
-def render_names(known: dict[str, type[Pattern]]) -> Table:
-    """One row per pattern: its name, class, and first sentence."""
+def render_names(known: dict[str, type[Any]], title: str | None = None) -> Table:
+    """One row per pattern or operator: its name, class, and first sentence."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
     table.add_column("name", no_wrap=True)
     table.add_column("class", no_wrap=True)
-    table.add_column("what a query sees")
+    table.add_column("what a query sees" if title is None else "what it does")
     for name, cls in known.items():
         table.add_row(Text(name, style="bold"), cls.__name__, Text(_plain(inspect.getdoc(cls) or "").split("\n\n")[0]))
     return table
@@ -193,10 +198,24 @@ def render_pattern(cls: type[Pattern]) -> Group:
 
 def example(cls: type[Pattern]) -> dict[str, Any]:
     """The shortest JSON of this pattern: its name and its required fields, with ordinary values."""
+    return _filled(cls, _EXAMPLES)
+
+
+def drawn(cls: type[Pattern], tokens: int, grid: tuple[int, ...] | None) -> dict[str, Any]:
+    """The same with values that leave something out of so many tokens; a pattern that asks for a grid takes the one that is drawn,
+    or the squarest one of the tokens."""
+    high = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
+    shape = grid or (high, tokens // high)
+    near = max(1, (min(grid) if grid else tokens) // 4)
+    values = {"int": near, "tuple[int, ...] | None": list(shape), "int | tuple[int, ...]": max(1, min(shape) // 2)}
+    return _filled(cls, {**_EXAMPLES, **values})
+
+
+def _filled(cls: type[Pattern], values: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"pattern": cls.registered_name}
     for f in dataclasses.fields(cls):
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            out[f.name] = _EXAMPLES[f.name] if f.name in _EXAMPLES else _EXAMPLES[_type(f)]
+            out[f.name] = values[f.name] if f.name in values else values[_type(f)]
     return out
 
 

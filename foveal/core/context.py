@@ -19,10 +19,21 @@ State = Any
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What an earlier layer decided in this same forward pass."""
+    """What an earlier layer decided in this same forward pass.
+
+    Attributes:
+        layout, state: what its pattern returned.
+        sizes: ``(B, H, Hkv, Nq, Nk)`` of the call for which it chose, where that is known.
+    """
 
     layout: Layout | None
     state: State
+    sizes: tuple[int, int, int, int, int] | None = None
+
+    @classmethod
+    def of(cls, layout: Layout | None, state: State, q: Tensor, k: Tensor) -> Selection:
+        """Chosen for queries ``(B, H, Nq, D)`` and keys ``(B, Hkv, Nk, D)``."""
+        return cls(layout, state, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -335,7 +335,7 @@ def _select_and_compute(
     seen = ctx.q_offset + call.base.q_len
     handle.requests.put(around.cache, slot, state, seen, cache_keys(around.cache, around.cache_layer))
     if span == 0 and not in_backward():
-        handle.live.forward.selections[ctx.layer_index] = Selection(layout, state)
+        handle.live.forward.selections[ctx.layer_index] = Selection.of(layout, state, call.q, call.k)
     if handle.measuring and ctx.layer_index >= 0:
         got = measure(layout, call.base, call.q.shape[0], call.q.shape[1], call.k.shape[1])
         phase = handle.measured.setdefault("decode" if ctx.decoding else "prefill", {})

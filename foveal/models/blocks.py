@@ -162,7 +162,7 @@ def attend_layer(
     with torch.no_grad():
         layout, state = _pattern(run.policy, ctx).select(q.detach(), k.detach(), ctx, states.get(layer_index))
     states[layer_index] = state
-    run.selections[layer_index] = Selection(layout, state)
+    run.selections[layer_index] = Selection.of(layout, state, q, k)
     if run.measuring:
         run.densities[layer_index] = measure(layout, run.base, q.shape[0], q.shape[1], k.shape[1])
     call = AttentionCall(q, k, v, layout, run.base, q.shape[-1] ** -0.5, return_lse=False)

@@ -54,30 +54,33 @@ class Reuse(Pattern):
     def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: State = None) -> tuple[Layout | None, State]:
         """The earlier layer's layout as it is."""
         if self.layer is not None and self.layer >= ctx.layer_index:
+            allowed = f"at most {ctx.layer_index - 1}" if ctx.layer_index else "of which layer 0 has none"
             raise ConfigError(
-                f"reuse: layer {ctx.layer_index} is to take the choice of layer {self.layer}; expected an earlier layer, at most {ctx.layer_index - 1}."
+                f"reuse: layer {ctx.layer_index} is to take the choice of layer {self.layer}; expected an earlier layer, {allowed}."
             )
-        layout = self._found(ctx)
+        found = self._found(ctx)
+        if found is None:
+            return None, state
+        layout = _shared(found)
         if layout is not None:
-            _check_fit(layout, q, k, self._whose())
+            _check_fit(layout, found.sizes, q, k, self._whose())
         return layout, state
 
-    def _found(self, ctx: SelectContext) -> Layout | None:
+    def _found(self, ctx: SelectContext) -> Selection | None:
         if self.layer is not None:
             if self.layer not in ctx.earlier:
                 raise ConfigError(
                     f"reuse: layer {ctx.layer_index} is to take the choice of layer {self.layer}, which made none that can be shared; "
                     f"expected one of {sorted(ctx.earlier)}. Layers with rules for single heads share nothing."
                 )
-            return _shared(ctx.earlier[self.layer])
+            return ctx.earlier[self.layer]
         if ctx.layer_index == 0 or not len(ctx.earlier):
             raise ConfigError(
                 f"reuse: layer {ctx.layer_index} has no earlier layer to take a choice from; expected a pattern that chooses, such as block_topk."
             )
         for layer in sorted((i for i in ctx.earlier if i < ctx.layer_index), reverse=True):
-            layout = _shared(ctx.earlier[layer])
-            if layout is not None:
-                return layout
+            if _shared(ctx.earlier[layer]) is not None:
+                return ctx.earlier[layer]
         return None
 
     def _whose(self) -> str:
@@ -113,28 +116,36 @@ def _shared(selection: Selection) -> Layout | None:
     return selection.state.layout if isinstance(selection.state, Offered) else selection.layout
 
 
-def _check_fit(layout: Layout, q: Tensor, k: Tensor, whose: str) -> None:
-    """Refuse a layout that was made for other lengths or heads (layers with caches of their own length)."""
+def _check_fit(layout: Layout, sizes: tuple[int, ...] | None, q: Tensor, k: Tensor, whose: str) -> None:
+    """Refuse a layout that was made for another batch, other lengths or other heads (layers with caches of their own length)."""
     batch, heads, q_len = q.shape[:3]
     kv_heads, kv_len = k.shape[1:3]
     if isinstance(layout, BlockMask):
-        made = (int(layout.seq_lengths[0]), int(layout.seq_lengths[1]))
-        fits = made == (q_len, kv_len) and layout.kv_num_blocks.shape[1] in (1, heads)
+        rows, of_heads = layout.kv_num_blocks.shape[:2]
+        made = (rows, of_heads, int(layout.seq_lengths[0]), int(layout.seq_lengths[1]))
+        fits = made[2:] == (q_len, kv_len) and rows in (1, batch) and of_heads in (1, heads)
     elif isinstance(layout, KeySelection):
         index = layout.index
         top = int(index.max()) if index.numel() else -1
-        made = (index.shape[2] * layout.block_size, top + 1)
-        fits = (
-            index.shape[1] in (1, kv_heads, heads) and index.shape[2] == -(-q_len // layout.block_size) and top < kv_len
-        )
+        rows, of_heads, blocks = index.shape[:3]
+        made = (rows, of_heads, blocks * layout.block_size, top + 1)
+        fits = rows in (1, batch) and of_heads in (1, kv_heads, heads) and top < kv_len
+        fits = fits and blocks == -(-q_len // layout.block_size)
     else:
         assert isinstance(layout, Groups)
         per_q, per_k = (heads, kv_heads) if layout.per_head else (1, 1)
         top_q, top_k = (int(x.max()) if x.numel() else -1 for x in (layout.q_index, layout.k_index))
-        made = (top_q + 1, top_k + 1)
+        made = (1, 1, top_q + 1, top_k + 1)
         fits = top_q < batch * per_q * q_len and top_k < batch * per_k * kv_len
+        fits = fits and (top_q < 0 or top_q >= (batch * per_q - 1) * q_len)  # some row of the last head, too
+        if sizes is not None:  # rows are counted through the batch, and through heads that have groups of their own
+            fits = sizes[0] == batch and sizes[3:] == (q_len, kv_len)
+            fits = fits and (not layout.per_head or sizes[1:3] == (heads, kv_heads))
+    if sizes is not None:
+        made = (sizes[0], sizes[1], sizes[3], sizes[4])
     if not fits:
         raise ShapeError(
-            f"reuse: the choice of {whose} was made for {made[0]} queries and {made[1]} keys; this layer has {heads} heads, {q_len} queries and {kv_len} keys. "
+            f"reuse: the choice of {whose} was made for {made[2]} queries and {made[3]} keys of {made[1]} heads in a batch of {made[0]}; "
+            f"this layer has {heads} heads, {q_len} queries and {kv_len} keys in a batch of {batch}. "
             "Expected layers with the same heads and cache length; let this layer choose for itself."
         )

@@ -13,7 +13,7 @@ import foveal.core.budget
 from foveal.cli import app
 from foveal.cli.patterns import example, read_docstring
 from foveal.papers import cards, load_card
-from foveal.patterns import Pattern, names
+from foveal.patterns import Pattern, names, operators
 from foveal.policies import Policy
 
 runner = CliRunner()
@@ -62,7 +62,7 @@ def test_misspelt_names() -> None:
 
 def test_patterns_lists_all() -> None:
     shown = say("patterns")
-    for name, cls in names().items():
+    for name, cls in {**names(), **operators()}.items():
         assert name in shown and cls.__name__ in shown
 
 

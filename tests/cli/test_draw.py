@@ -47,6 +47,22 @@ def test_the_chosen_querys_keys_are_drawn_on_the_grid() -> None:
     assert whole.count("slice") == 2 and whole.count("███") >= 4
 
 
+def test_a_pattern_on_a_grid_is_drawn_on_the_grid_that_was_given() -> None:
+    shown = show("neighborhood", "--set", "window=3", "--grid", "4x5", "--query", "1,1", "--bidirectional")
+    assert "grid=(4, 5)" in shown
+    assert shown.rstrip().splitlines()[-4:] == ["███··", "███··", "███··", "·····"]
+    cube = show("neighborhood", "--set", "window=[3,2,2]", "--grid", "4x3x2", "--bidirectional")
+    assert "grid=(4, 3, 2)" in cube and cube.count("slice") == 3, "one slice has none"
+    assert "grid=(6, 8)" in show("neighborhood", "--tokens", "48", "--bidirectional"), "the squarest one"
+
+
+def test_what_is_not_given_leaves_something_out() -> None:
+    for name in ("sliding_window", "neighborhood"):
+        shown = show(name, "--tokens", "64", "--bidirectional")
+        assert 0 < float(re.findall(r"density (\d\.\d+)", shown)[0]) < 1, name
+    assert "density 1.000" not in show("disc", "--grid", "8x8", "--bidirectional")
+
+
 @pytest.mark.parametrize("ending", ["png", "html"])
 def test_files(tmp_path: Path, ending: str) -> None:
     path = tmp_path / "new" / f"mask.{ending}"
@@ -68,6 +84,8 @@ def test_files(tmp_path: Path, ending: str) -> None:
         (["dense", "--grid", "6x6", "--tokens", "7"], "at least as many tokens"),
         (["dense", "--tokens", "7", "--query", "3"], "needs a --grid"),
         (["dense", "--tokens", "7", "--out", "mask.bmp"], ".png or .html"),
+        (["neighborhood", "--set", "window=9", "--grid", "8x8"], "window"),
+        (["rettention"], "is an operator"),
     ],
 )
 def test_bad_input_is_one_clear_error(words: list[str], message: str) -> None:

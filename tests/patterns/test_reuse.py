@@ -21,7 +21,7 @@ def tensors(length=40, heads=4, kv_heads=2, seed=0):
 
 def chosen(pattern, q, k, **ctx):
     base = BaseMask.build(q.shape[2], k.shape[2], causal=True)
-    return Selection(*pattern.select(q, k, SelectContext(base, q_offset=base.shift, **ctx), None))
+    return Selection.of(*pattern.select(q, k, SelectContext(base, q_offset=base.shift, **ctx), None), q, k)
 
 
 def test_the_layout_of_the_named_layer_is_taken_as_it_is():
@@ -99,7 +99,28 @@ def test_a_choice_for_other_lengths_or_heads_is_refused(source):
     earlier = {0: chosen(source, q, k)}
     with pytest.raises(ShapeError, match=r"layer 0.*20 queries and 20 keys"):
         chosen(Reuse(0), q[:, :, :20], k[:, :, :20], layer_index=1, earlier=earlier)
-    if not isinstance(source, MoBA):
-        q, k = tensors(heads=3, kv_heads=3)
-        with pytest.raises(ShapeError, match="has 3 heads"):
-            chosen(Reuse(0), q, k, layer_index=1, earlier=earlier)
+    for heads, kv_heads, rows in ((3, 3, 1), (8, 8, 1), (4, 2, 3)):
+        q, k = (t.repeat(rows, 1, 1, 1) for t in tensors(heads=heads, kv_heads=kv_heads))
+        if rows == 1 or isinstance(source, MoBA):  # blocks and lists of one row are shared by any batch
+            with pytest.raises(ShapeError, match=rf"has {heads} heads, 40 queries and 40 keys in a batch of {rows}"):
+                chosen(Reuse(0), q, k, layer_index=1, earlier=earlier)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_groups_of_another_batch_or_other_heads_are_refused(known):
+    q, k = (t.repeat(2, 1, 1, 1) for t in tensors())
+    layout, state = chosen(MoBA(4, 2), q, k).layout, None
+    earlier = {0: Selection.of(layout, state, q, k) if known else Selection(layout, state)}
+    chosen(Reuse(0), q, k, layer_index=1, earlier=earlier)
+    wrong = [(q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1)), (q.repeat(1, 2, 1, 1), k), (q[:1], k[:1])]
+    for other_q, other_k in [*wrong, (q.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1))]:
+        with pytest.raises(ShapeError, match=r"layer 0.*in a batch of"):
+            chosen(Reuse(0), other_q, other_k, layer_index=1, earlier=earlier)
+
+
+@pytest.mark.parametrize("source", [CHOOSE, TokenTopK(Budget(tokens=5))])
+def test_blocks_and_lists_of_another_batch_are_refused(source):
+    q, k = (t.repeat(2, 1, 1, 1) for t in tensors())
+    earlier = {0: chosen(source, q, k)}
+    with pytest.raises(ShapeError, match="in a batch of 2; .* in a batch of 3"):
+        chosen(Reuse(0), q[:1].repeat(3, 1, 1, 1), k[:1].repeat(3, 1, 1, 1), layer_index=1, earlier=earlier)
