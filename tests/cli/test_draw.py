@@ -60,7 +60,7 @@ def test_what_is_not_given_leaves_something_out() -> None:
     for name in ("sliding_window", "neighborhood"):
         shown = show(name, "--tokens", "64", "--bidirectional")
         assert 0 < float(re.findall(r"density (\d\.\d+)", shown)[0]) < 1, name
-    assert "density 1.000" not in show("disc", "--grid", "8x8", "--bidirectional")
+    assert "tokens, density 1.000" not in show("disc", "--grid", "8x8", "--bidirectional")
 
 
 @pytest.mark.parametrize("ending", ["png", "html"])

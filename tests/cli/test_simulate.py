@@ -74,6 +74,8 @@ def test_sweep_and_use_case() -> None:
     assert "16×8×8" in say("--use-case", "hunyuan-91", "--sweep-stride")
     one = json.loads(say("--use-case", "flux-4k", "--stride", "16", "1", "--json"))[0]
     assert one["stride"] == [16, 1] and one["end_to_end"] == pytest.approx(1.84, abs=0.01)
+    half = json.loads(say("--use-case", "flux-4k", "--stride", "16", "1", "--steps", "0.5", "--json"))[0]
+    assert 1 < half["end_to_end"] < one["end_to_end"], "a use case brings the share that --steps needs"
     result = runner.invoke(app, ["simulate", "gna", "--use-case", "cosmos-56"])
     assert "not published" in result.stderr
 
@@ -104,18 +106,27 @@ def test_picture(tmp_path: Path) -> None:
         ("--shape 30 48 --window 18 24 24", "window is (18, 24, 24); expected one value, or 2"),
         ("--shape 30 48 --window 18 --q-tile 8", "q_tile is (8,); expected 2 numbers"),
         ("--shape 8 8 --window 4 --tiling 2-D", "--tiling is '2-D'; expected 'multi-dim' or '1-D'"),
-        ("--shape 8 8 --window 4 --share 2", "share is 2.0; expected a number from 0 to 1"),
+        ("--shape 8 8 --window 4 --share 2", "--share is 2.0; expected a number from 0 to 1"),
+        ("--use-case flux-4k --steps nan", "--steps is nan; expected a number from 0 to 1"),
+        ("--shape 8 8 --window 4 --steps 0.5", "--steps is 0.5 without --share; expected both"),
+        ("--shape 8 8 --window 4 --causal 7", "--causal is '7'; expected 0 or 1"),
+        ("--shape 8 8 --window 4 --causal 1 -1", "--causal is '1 -1'; expected 0 or 1"),
+        ("--shape 8 8 --window 4 --picture a.foo", "--picture a.foo ends in '.foo'; expected .png"),
+        ("--shape 8 8 --window 4 --tiling 1-D --picture a.png", "--tiling is '1-D' with --picture"),
         ("--shape 2 2 2 2 --window 2", "expected one, two or three axes"),
         ("--shape 8 8 --window 4 --sweep-stride --tiling 1-D", "tiling is '1-D'"),
         ("--use-case hunyuan", "Did you mean 'hunyuan-91'?"),
         ("--shape 8 a --window 4", "--shape is '8 a'; expected whole numbers"),
         ("--shape 8 8", "expected --shape and --window"),
-        ("--use-case flux-4k --window 4", "one or the other"),
+        ("--use-case flux-4k --window 4", "--window is '4', and --use-case brings its own; expected one or the other"),
+        ("--use-case flux-4k --dilation 1 2", "--dilation is '1 2', and --use-case brings its own"),
+        ("--use-case flux-4k --causal 0", "--causal is '0', and --use-case brings its own"),
     ],
 )
 def test_bad_words_give_one_message(words: str, message: str) -> None:
     result = runner.invoke(app, ["simulate", "gna", *words.split()], env={"COLUMNS": "400"})
     assert result.exit_code == 2 and "Traceback" not in result.output
+    assert not result.stdout, "nothing is printed before the refusal"
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
