@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.context import SelectContext, State
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, ShapeError
 from ..core.registry import register
 from ..core.serial import check_range, check_types
 from .base import Pattern
@@ -56,6 +56,10 @@ class Rettention(Operator):
         check_types(self)
         check_range(self, "warmup", low=0)
         check_range(self, "period", low=1)
+        if not self.pattern.static:
+            raise ConfigError(
+                f"Rettention.pattern is {self.pattern}, whose mask depends on what it reads; expected one that stays from step to step, such as Disc."
+            )
         if not isinstance(self.ramp, str) and not abs(self.ramp) <= 1:
             raise ConfigError(f"Rettention.ramp is {self.ramp!r}; expected a number from −1 to 1, or 'auto'.")
 
@@ -71,6 +75,8 @@ class Rettention(Operator):
 
     def run_cost(self, steps: int, sparse_cost: float) -> float:
         """Attention time of a generation over that of a dense one, when a sparse step costs ``sparse_cost`` of a dense one."""
+        if steps < 1:
+            raise ConfigError(f"rettention: steps is {steps}; expected at least 1.")
         kinds = self.schedule(steps)
         sparse, refresh = kinds.count("sparse"), kinds.count("refresh")
         return (steps - sparse + (sparse + refresh) * sparse_cost) / steps
@@ -82,13 +88,17 @@ class Rettention(Operator):
 
         Raises:
             ConfigError: ``ctx.step`` is missing, or the state is of a later step or another configuration.
-            ShapeError: the state is of another shape or layer.
+            ShapeError: the state is of another shape, grid, dtype or layer.
         """
         step = step_of(ctx, "rettention")
         last = check_state(state, StepState, "rettention", self, ctx, step, (*q.shape[:3], v.shape[-1]))
+        if last is not None and last.residual is not None and last.residual.dtype != v.dtype:
+            raise ShapeError(
+                f"rettention: state is of {last.residual.dtype}; expected {v.dtype}, the dtype of this call, or None for a new generation."
+            )
         if self.kind(step) == "full":
             out, lse, _ = attend(Dense(), q, k, v, ctx, impl=dense_impl(impl))
-            return out, lse, StepState(self, ctx.layer_index, step, tuple(out.shape))
+            return out, lse, StepState(self, ctx.layer_index, step, tuple(out.shape), grid=ctx.grid)
         if last is None or last.ratio is None or (self.kind(step) == "refresh" and last.refreshed != step):
             return self._refresh(q, k, v, ctx, last, step, impl)
         if last.refreshed == step:  # a sampler's second call in a refresh step
@@ -125,7 +135,8 @@ class Rettention(Operator):
             if last is not None and last.ratio is not None and last.refreshed is not None:
                 drift = (ratio - last.ratio).mean(-1) / (step - last.refreshed)
             shape = tuple(full.shape)
-            new = StepState(self, ctx.layer_index, step, shape, step, ratio, (full - kept).detach(), drift)
+            rest = (full - kept).detach()
+            new = StepState(self, ctx.layer_index, step, shape, step, ratio, rest, drift, grid=ctx.grid)
         return full, full_lse, new
 
 

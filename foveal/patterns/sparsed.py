@@ -17,7 +17,7 @@ from ..core.serial import check_range, check_types
 from ..kernels.pooling import full_precision
 from .base import LookAhead, Pattern
 from .sparsed_blocks import Sides, choose, side_importance
-from .step_state import Remembered, check_state
+from .step_state import Remembered, check_state, step_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +91,13 @@ class SparseD(Pattern):
         """
         if ctx.step is None:
             return self._layout(self.blocks(q, k, ctx), ctx), None
+        step_of(ctx, "sparsed")
         shape = (*q.shape[:3], k.shape[2])
         last = check_state(state, BlocksKept, "sparsed", self, ctx, ctx.step, shape)
-        last = BlocksKept(self, ctx.layer_index, ctx.step, shape) if last is None else last
-        blocks = last.blocks
+        blocks = None if last is None else last.blocks
         if blocks is None and ctx.step >= self.last_dense:
             blocks = self.blocks(q, k, ctx)
-        state = BlocksKept(self, ctx.layer_index, ctx.step, shape, blocks)
+        state = BlocksKept(self, ctx.layer_index, ctx.step, shape, blocks, grid=ctx.grid)
         return (None if ctx.step <= self.last_dense else self._layout(blocks, ctx)), state
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -21,12 +21,14 @@ class Remembered:
         layer: index of the layer.
         step: the last step seen.
         shape: sizes that later calls must repeat; the first is the batch.
+        grid: token grid of the context, or None.
     """
 
     method: Any
     layer: int
     step: int
     shape: tuple[int, ...]
+    grid: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def at(self, step: int) -> Self:
         """The same state, last seen at ``step``."""
@@ -105,6 +107,10 @@ def check_state(
         raise ShapeError(
             f"{name}: state is of shape {tuple(state.shape)}; expected {tuple(shape)}, the shape of this call, or None. A batch or "
             "resolution that changes needs a new state; for a part of a batch use state.rows(index)."
+        )
+    if state.grid != ctx.grid:
+        raise ShapeError(
+            f"{name}: state is of the grid {state.grid}; expected {ctx.grid}, the grid of this call, or None for a new generation."
         )
     if state.method != method:
         raise ConfigError(f"{name}: state was made by {state.method}; expected {method}, or None.")

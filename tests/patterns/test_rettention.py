@@ -15,7 +15,7 @@ from torch import Tensor
 from foveal.core.base_mask import BaseMask
 from foveal.core.context import SelectContext
 from foveal.core.errors import ConfigError, ShapeError
-from foveal.patterns import Dense, Disc, FrameBand, Operator, Rettention, SlidingWindow, attend
+from foveal.patterns import Dense, Disc, FrameBand, MoBA, Operator, Rettention, SlidingWindow, attend
 from foveal.patterns.rettention import ratio_of
 
 from ..support import assert_close
@@ -230,6 +230,36 @@ def test_a_sampler_may_call_twice_in_a_step_and_skip_steps() -> None:
     )  # the second call of a refresh step is dense and keeps the cache
     assert_close(out, parts(*tensors(3))[0])
     assert again.ratio is state.ratio
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda q, k, v: (q.float(), k.float(), v.float()), "state is of torch.float64; expected torch.float32"),
+        (lambda q, k, v: (q[:1], k[:1], v[:1]), "state is of shape"),
+    ],
+)
+def test_a_state_of_other_tensors_is_refused(change: Any, names: str) -> None:
+    method = Rettention(BAND, warmup=0)
+    *_, state = attend(method, *tensors(1), at(0))
+    with pytest.raises(ShapeError, match=names):
+        attend(method, *change(*tensors(2)), at(1), state)
+
+
+def test_a_state_of_another_grid_is_refused() -> None:
+    method = Rettention(Dense(), warmup=0)
+    q, k, v = tensors(1)
+    base = at(0).base
+    *_, state = attend(method, q, k, v, SelectContext(base=base, step=0, grid=(7, 10)))
+    with pytest.raises(ShapeError, match=r"state is of the grid \(7, 10\); expected \(10, 7\)"):
+        attend(method, q, k, v, SelectContext(base=base, step=1, grid=(10, 7)), state)
+
+
+def test_a_mask_that_changes_and_a_generation_without_steps_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Rettention.pattern is .*stays from step to step"):
+        Rettention(MoBA(8, 2))
+    with pytest.raises(ConfigError, match="steps is 0; expected at least 1"):
+        Rettention(BAND).run_cost(0, 0.5)
 
 
 def test_the_same_inputs_and_state_give_the_same_outputs_and_states_travel() -> None:
