@@ -50,8 +50,8 @@ def gna(
     shape: Annotated[str | None, _axis("Tokens per axis.")] = None,
     window: Annotated[str | None, _axis("Keys per axis that a query sees.")] = None,
     stride: Annotated[str, _axis("Queries per axis that share a window.")] = "1",
-    dilation: Annotated[str, _axis("Distance of keys per axis.")] = "1",
-    causal: Annotated[str, _axis("1 for a causal axis, 0 for another.")] = "0",
+    dilation: Annotated[str | None, _axis("Distance of keys per axis; default 1.")] = None,
+    causal: Annotated[str | None, _axis("1 for a causal axis, 0 for another; default 0.")] = None,
     q_tile: Annotated[str | None, _axis("Query tile of the kernel; default 128 tokens.")] = None,
     kv_tile: Annotated[str | None, _axis("Key tile of the kernel; default the query tile.")] = None,
     kv_tiling: Annotated[
@@ -61,10 +61,12 @@ def gna(
     share: Annotated[
         float | None, typer.Option(help="Share of self-attention in the run time, for the end-to-end bound.")
     ] = None,
-    steps: Annotated[float, typer.Option(help="Share of steps or layers that use the pattern.")] = 1.0,
+    steps: Annotated[
+        float | None, typer.Option(help="With --share: share of steps or layers that use the pattern; default 1.")
+    ] = None,
     use_case: Annotated[str | None, typer.Option(help="A published setting: hunyuan-91, flux-4k, cosmos-56.")] = None,
     sweep_stride: Annotated[bool, typer.Option("--sweep-stride", help="All strides worth knowing.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Write the worst query tile's keys as PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the worst query tile's keys as .png.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Count the key tiles that a neighborhood-attention kernel visits: speed-up bound, wasted work, block sparsity."""
@@ -74,9 +76,20 @@ def gna(
     from ..core.errors import ConfigError, nearest
     from .guard import note, output
 
+    for name, part in (("--share", share), ("--steps", steps)):
+        if part is not None and not 0 <= part <= 1:
+            raise ConfigError(f"{name} is {part!r}; expected a number from 0 to 1.")
+    if steps is not None and share is None and use_case is None:
+        raise ConfigError(f"--steps is {steps!r} without --share; expected both, or --share alone.")
+    steps = 1.0 if steps is None else steps
+    if picture is not None and picture.suffix != ".png":
+        raise ConfigError(f"--picture {picture} ends in {picture.suffix!r}; expected .png.")
     if use_case is not None:
-        if shape is not None or window is not None:
-            raise typer.BadParameter("--use-case brings its own shape and window; expected one or the other.")
+        for name, given in (("--shape", shape), ("--window", window), ("--dilation", dilation), ("--causal", causal)):
+            if given is not None:
+                raise typer.BadParameter(
+                    f"{name} is {given!r}, and --use-case brings its own; expected one or the other."
+                )
         known = gna_simulator.USE_CASES
         if use_case not in known:
             raise ConfigError(f"--use-case is {use_case!r}. {nearest(use_case, known)}")
@@ -93,13 +106,15 @@ def gna(
         grid = numbers("--shape", shape)
         if len(grid) not in _TILES:
             raise ConfigError(f"--shape is {grid!r}; expected one, two or three axes.")
-        flags = _one_or_each("--causal", causal)
+        flags = _one_or_each("--causal", "0" if causal is None else causal)
+        if not set(flags if isinstance(flags, tuple) else (flags,)) <= {0, 1}:
+            raise ConfigError(f"--causal is {causal!r}; expected 0 or 1, for all axes or for each.")
         tiles = tuple(min(t, n) for t, n in zip(_TILES[len(grid)], grid, strict=True))
         problem = gna_simulator.Problem.of(
             grid,
             _one_or_each("--window", window),
             _one_or_each("--stride", stride),
-            _one_or_each("--dilation", dilation),
+            _one_or_each("--dilation", "1" if dilation is None else dilation),
             tuple(map(bool, flags)) if isinstance(flags, tuple) else bool(flags),
             q_tile=tiles,
             kv_tile=tiles,
@@ -112,6 +127,8 @@ def gna(
     for name, value, allowed in (("--kv-tiling", kv_tiling, ("static", "dynamic")), ("--tiling", tiling, ("multi-dim", "1-D"))):  # fmt: skip
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; expected {' or '.join(map(repr, allowed))}.")
+    if picture is not None and tiling == "1-D":
+        raise ConfigError(f"--tiling is {tiling!r} with --picture; expected 'multi-dim', whose tiles are boxes.")
     problem = dataclasses.replace(problem, kv_tiling=kv_tiling, tiling=tiling)  # type: ignore[arg-type]
     found = gna_simulator.sweep(problem) if sweep_stride else [gna_simulator.simulate(problem)]
     if json:

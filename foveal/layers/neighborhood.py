@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, ShapeError
 from ..core.grid import Axis
-from ..kernels.dispatch import attention
+from ..kernels.dispatch import attention, check_tensors
 from ..kernels.merge import merge
 from ..kernels.unfused import unfused
 from ..patterns.neighborhood import Neighborhood
@@ -23,6 +23,7 @@ from ..patterns.neighborhood import Neighborhood
 Sizes = int | Sequence[int]
 Form = Literal["fused", "gemm", "naive"]
 Order = Literal["auto", "rows", "tiles"]
+FORMS, ORDERS = get_args(Form), get_args(Order)
 
 CPU_TILE = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 GPU_TILE = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}
@@ -64,11 +65,13 @@ def neighborhood_attention(
         ``(B, *grid, H, Dv)``.
 
     Raises:
-        ShapeError: tensors that do not fit each other. ConfigError: a window, stride or dilation that does not fit the grid.
+        ShapeError: tensors that do not fit each other. ConfigError: an unknown form or order; a window, stride, dilation or tile
+            that does not fit the grid.
     """
     pattern = _checked(q, k, v, (kernel_size, stride, dilation, is_causal), (k_extra, v_extra))
     grid = pattern.grid
     assert grid is not None
+    _check_way(len(grid), form, order, q_tile, kv_tile)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums: Tensor | None
     if form != "fused":
@@ -94,8 +97,10 @@ def _checked(
     for name, t in (("k", k), ("v", v)):
         if t.dim() != q.dim() or t.shape[:-2] != q.shape[:-2] or t.shape[-2] != k.shape[-2]:
             raise ShapeError(
-                f"{name} has shape {tuple(t.shape)} and q {tuple(q.shape)}; expected the same batch and grid."
+                f"{name} has shape {tuple(t.shape)} and q {tuple(q.shape)}; expected the same batch and grid, and as many "
+                "heads in k and v."
             )
+    check_tensors(*map(_heads_first, (q, k, v)))
     k_extra, v_extra = extra
     if (k_extra is None) != (v_extra is None):
         raise ShapeError("only one of k_extra and v_extra is given; expected both, or neither.")
@@ -107,8 +112,51 @@ def _checked(
                 raise ShapeError(
                     f"{name} has shape {tuple(t.shape)}; expected (B={q.shape[0]}, M, {like.shape[-2]}, {like.shape[-1]})."
                 )
+    grid = tuple(q.shape[1:-2])
+    _check_sizes(len(grid), *fields)
     window, stride, dilation, causal = (tuple(x) if isinstance(x, Sequence) else x for x in fields)
-    return Neighborhood(tuple(q.shape[1:-2]), window, stride, dilation, causal, count)
+    try:
+        return Neighborhood(grid, window, stride, dilation, causal, count)
+    except ConfigError as error:  # in the words of this function
+        raise ConfigError(str(error).replace("window is", "kernel_size is")) from None
+
+
+def _check_way(
+    rank: int, form: Form, order: Order, q_tile: Sequence[int] | None, kv_tile: Sequence[int] | None
+) -> None:
+    for name, word, known in (("form", form, FORMS), ("order", order, ORDERS)):
+        if word not in known:
+            raise ConfigError(f"{name} is {word!r}; expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
+    for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
+        if tile is not None and not (isinstance(tile, Sequence) and len(tile) == rank and all(map(_is_size, tile))):
+            raise ConfigError(
+                f"{name} is {tile!r}; expected {rank} whole numbers of at least 1, one per axis, or None."
+            )
+
+
+def _check_sizes(
+    rank: int, kernel_size: Sizes, stride: Sizes, dilation: Sizes, is_causal: bool | Sequence[bool]
+) -> None:
+    """What can be said without the tokens per axis."""
+    spread = {}
+    for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation), ("is_causal", is_causal)):  # fmt: skip
+        each = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+        what, fits = ("True or False", _is_flag) if name == "is_causal" else ("a whole number of at least 1", _is_size)
+        if len(each) != rank or not all(map(fits, each)):
+            raise ConfigError(
+                f"{name} is {value!r}; expected {what}" + (f", or {rank}, one per axis." if rank > 1 else ".")
+            )
+        spread[name] = each
+    if any(s > w for s, w in zip(spread["stride"], spread["kernel_size"], strict=True)):
+        raise ConfigError(f"stride is {stride!r}; expected at most kernel_size, {kernel_size!r}, on every axis.")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _prefers_rows(pattern: Neighborhood, device: torch.device) -> bool:
@@ -163,14 +211,9 @@ def _with_weights(
     k_extra: Tensor | None,
     v_extra: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if form not in ("gemm", "naive"):
-        raise ConfigError(f"form is {form!r}; expected 'fused', 'gemm' or 'naive'.")
+    assert form != "fused"
     q, k, v = (_heads_first(x) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    if groups * k.shape[1] != q.shape[1]:
-        raise ShapeError(
-            f"q has {q.shape[1]} heads and k has {k.shape[1]}; num_heads must be a multiple of num_kv_heads."
-        )
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     out, lse, _ = unfused(q, k, v, axes, scale=scale, form=form, tile=None if tile is None else tuple(tile))
     if k_extra is not None and v_extra is not None:
@@ -208,6 +251,8 @@ class _NeighborhoodAttention(nn.Module):
             raise ConfigError(
                 f"{type(self).__name__}.num_heads is {num_heads} for embed_dim {embed_dim}; expected a divisor of embed_dim."
             )
+        _check_way(self.rank, form, order, q_tile, kv_tile)
+        _check_sizes(self.rank, kernel_size, stride, dilation, is_causal)
         self.num_heads, self.channels_first = num_heads, channels_first
         self.window = (kernel_size, stride, dilation, is_causal)
         self.qk_scale, self.form, self.order, self.impl = qk_scale, form, order, impl
@@ -246,7 +291,8 @@ _MODULE = """Neighborhood attention on {rank}-D grids: ``(B, {grid}, C)``, or ``
         form, order, q_tile, kv_tile, impl: how it is computed; see ``neighborhood_attention``.
 
     Raises:
-        ConfigError: ``num_heads`` does not divide ``embed_dim``; at the first forward, a window that does not fit the grid.
+        ConfigError: ``num_heads`` does not divide ``embed_dim``; a window, stride, dilation, form, order or tile that fits no grid; at
+            the first forward, a window that does not fit the grid.
     """
 
 

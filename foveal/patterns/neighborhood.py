@@ -99,9 +99,13 @@ class Neighborhood(Pattern):
     def halo(
         cls, grid: tuple[int, ...], block: int | tuple[int, ...], halo: int | tuple[int, ...], **fields: Any
     ) -> Self:
-        """Blocks that see ``halo`` tokens around them (HaloNet); at borders the window slides inwards where HaloNet pads with zeros."""
-        sizes = _spread("block", block, len(grid))
-        around = _spread("halo", halo, len(grid))
+        """Blocks that see ``halo`` tokens around them (HaloNet); at borders the window slides inwards where HaloNet pads with zeros.
+
+        Raises:
+            ConfigError: a block of less than one token, or a negative halo.
+        """
+        sizes = _sizes("halo: block", block, len(grid))
+        around = _sizes("halo: halo", halo, len(grid), least=0)
         return cls(grid, tuple(b + 2 * h for b, h in zip(sizes, around, strict=True)), sizes, **fields)
 
     @classmethod
@@ -111,9 +115,11 @@ class Neighborhood(Pattern):
         """Sliding-tile attention: stride ``tile``, a window of whole tiles, and both tile shapes the same.
 
         Raises:
-            ConfigError: ``tile`` does not divide window and grid.
+            ConfigError: ``tile`` is no size, or does not divide window and grid.
         """
-        tiles, windows = _spread("tile", tile, len(grid)), _spread("window", window, len(grid))
+        tiles, windows = (
+            _sizes(f"sta: {name}", sizes, len(grid)) for name, sizes in (("tile", tile), ("window", window))
+        )
         for name, sizes in (("window", windows), ("grid", tuple(grid))):
             if any(n % t for n, t in zip(sizes, tiles, strict=True)):
                 raise ConfigError(f"Neighborhood.sta: {name} is {sizes!r}; expected multiples of the tile {tiles!r}.")
@@ -122,6 +128,8 @@ class Neighborhood(Pattern):
     # --- what it means -------------------------------------------------------------------------------------------
 
     def _per_axis(self, rank: int) -> list[tuple[int, int, int, bool]]:
+        if rank > 3:
+            raise ConfigError(f"Neighborhood.grid has {rank} axes; expected one, two or three.")
         names = ("window", "stride", "dilation", "causal")
         return list(zip(*(_spread(name, getattr(self, name), rank) for name in names), strict=True))
 
@@ -244,4 +252,12 @@ def _spread(name: str, value: Any, rank: int) -> tuple[Any, ...]:
         raise ConfigError(
             f"Neighborhood.{name} is {value!r}; expected one value, or {rank}, one for each axis of the grid."
         )
+    return values
+
+
+def _sizes(name: str, value: Any, rank: int, least: int = 1) -> tuple[int, ...]:
+    """One whole number for all axes, or one each."""
+    values = _spread(name, value, rank)
+    if not all(isinstance(n, int) and n >= least for n in values):
+        raise ConfigError(f"Neighborhood.{name} is {value!r}; expected whole numbers of at least {least}.")
     return values

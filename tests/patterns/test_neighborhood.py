@@ -328,6 +328,8 @@ def test_the_grid_may_come_from_the_context() -> None:
         ({"grid": (8, 8), "window": (4, 4, 4)}, r"window is \(4, 4, 4\); expected one value, or 2"),
         ({"grid": (), "window": 4}, r"grid is \(\); expected"),
         ({"grid": (8, -1), "window": 4}, r"grid is \(8, -1\); expected"),
+        ({"grid": (2, 2, 2, 2), "window": 2}, "grid has 4 axes; expected one, two or three"),
+        ({"grid": (-1, 2, 2, 2), "window": 2}, "grid has 4 axes; expected one, two or three"),
         ({"grid": (8, 8), "window": ()}, r"window is \(\); expected"),
         ({"grid": (8, 8), "window": 4, "q_tile": (4,)}, r"q_tile is \(4,\); expected 2 numbers"),
         ({"grid": (8, 8), "window": 4, "kv_tile": (4, 4)}, r"kv_tile is \(4, 4\) without q_tile"),
@@ -337,6 +339,22 @@ def test_the_grid_may_come_from_the_context() -> None:
 def test_fields_that_do_not_fit_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Neighborhood(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "message"),
+    [
+        (Neighborhood.sta, (0, 4), "sta: tile is 0; expected whole numbers of at least 1"),
+        (Neighborhood.sta, ((4, 0), 4), r"sta: tile is \(4, 0\); expected"),
+        (Neighborhood.sta, (4, "4"), "sta: window is '4'; expected"),
+        (Neighborhood.sta, ((4,), 4), r"sta: tile is \(4,\); expected one value, or 2"),
+        (Neighborhood.halo, (4, -1), "halo: halo is -1; expected whole numbers of at least 0"),
+        (Neighborhood.halo, (0, 1), "halo: block is 0; expected whole numbers of at least 1"),
+    ],
+)
+def test_sizes_of_presets_are_named(make: Any, sizes: tuple[Any, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make((8, 8), *sizes)
 
 
 @pytest.mark.parametrize(
