@@ -8,8 +8,9 @@ selection's share stands beside it. SDPA runs with the pattern's own base mask: 
 Targets are for the attention alone: by ``gather`` at least 0.6 / tile density times faster than SDPA, and where the C++ kernels are there,
 by ``native`` at least 0.8 / tile density times faster than their own dense attention. Token top-k is measured for one new token
 (its prefill computes every logit) and has no target. ``flex`` is torch's compiled FlexAttention on the same blocks, where the pattern
-keeps blocks, beside the attention of ``gather`` and ``native`` alone. ``memory`` is the peak of the selection alone at the longest length, in MiB and in units of
-one float32 per query, block and head.
+keeps blocks, beside the attention of ``gather`` and ``native`` alone. ``memory`` is the peak of the selection alone at the longest
+length, in MiB and in units of one float32 per query, block and head, of which it may take 8 at most where keys are chosen by blocks; of
+routing attention it is the peak of clustering and attention together, in units of query, cluster and head.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,13 @@ from foveal.core.context import SelectContext, Selection
 from foveal.core.density import measure
 from foveal.core.layouts import Layout
 from foveal.kernels import native
-from foveal.patterns import BlockTopK, MoBA, Pattern, Reuse, TokenTopK, VMoBA, XAttention
+from foveal.layers.routing import RoutingAttention
+from foveal.patterns import DHSA, BlockTopK, MoBA, Pattern, Reuse, SparseD, TokenTopK, VMoBA, XAttention
 from foveal.patterns.presets import FLUX
 
 HEADS, DIM, TOPICS, SEGMENT, WANTED, SEED = 8, 64, 64, 64, 4, 0
-TARGET, NATIVE_TARGET = 0.6, 0.8
+TARGET, NATIVE_TARGET, MEMORY_TARGET = 0.6, 0.8, 8.0
+CLUSTERS, MEMBERS = 128, 256
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ CASES: dict[str, Case] = {
     "block_topk": Case(lambda n: BlockTopK(Budget(density=0.125)), 64),
     "reuse": Case(lambda n: Reuse(0), 64),
     "flux_streaming": Case(lambda n: FLUX["streaming"], 128),
+    "dhsa": Case(lambda n: DHSA(Budget(density=0.125)), 32),
+    "dhsa_chunk": Case(lambda n: DHSA(Budget(tokens=max(1, n // 8)), variant="chunk"), 64),
+    "sparsed": Case(lambda n: SparseD(keep=0.3), 128, causal=False),
     "token_topk": Case(lambda n: TokenTopK(Budget(tokens=max(1, n // 16))), 1, decode=True),
 }
 
@@ -236,10 +242,32 @@ def measure_memory(length: int, names: list[str]) -> dict[str, Any]:
         select(name, small[0][:, :, -1:] if CASES[name].decode else small[0], small[1], None)
         with PeakMemory() as peak, torch.no_grad():
             layout = select(name, rows, k, None)
-        unit = 4 * HEADS * rows.shape[2] * -(-length // CASES[name].block) / MIB
-        out[name] = {"added_mb": peak.extra_mb, "query_block_head_mb": unit, "times": peak.extra_mb / unit}
+        row = _memory(peak.extra_mb, rows.shape[2] * -(-length // CASES[name].block))
+        out[name] = row if CASES[name].block > 1 else row | {"target": None, "met": None}
         del layout
-    return out
+    return out | {f"routing_{mode}": measure_routing(length, mode) for mode in ("strict", "paper")}
+
+
+def measure_routing(length: int, mode: Literal["strict", "paper"]) -> dict[str, Any]:
+    """Routing attention of all heads over tokens that are projected already."""
+    model = RoutingAttention(HEADS * DIM, HEADS, clusters=CLUSTERS, window=MEMBERS, mode=mode)
+    state = model.initial_state(SEED)
+
+    def tokens(count: int) -> Tensor:
+        return F.normalize(torch.randn(1, HEADS, count, DIM, generator=torch.Generator().manual_seed(SEED)), dim=-1)
+
+    with torch.no_grad():
+        model.route(tokens(2048), tokens(2048), state)
+        q = tokens(length)
+        with PeakMemory() as peak:
+            model.route(q, q, state)
+    return _memory(peak.extra_mb, length * CLUSTERS)
+
+
+def _memory(added: float, pairs: int) -> dict[str, Any]:
+    unit = 4 * HEADS * pairs / MIB
+    times = added / unit
+    return {"added_mb": added, "unit_mb": unit, "times": times, "target": MEMORY_TARGET, "met": times <= MEMORY_TARGET}
 
 
 def main() -> None:
@@ -273,7 +301,7 @@ def main() -> None:
             )
     for name, row in memory.items():
         print(
-            f"{args.memory_length:6d} {name:16s} selection adds {row['added_mb']:7.1f} MiB, {row['times']:.2f} × query·block·head"
+            f"{args.memory_length:6d} {name:16s} choosing adds {row['added_mb']:7.1f} MiB, {row['times']:.2f} × query·block·head"
         )
     result = {
         "what": "patterns that choose by content against torch's dense SDPA, selection included, medians of interleaved runs",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from ..core.errors import FovealError
+from ..core.errors import ConfigError, FovealError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,6 +121,12 @@ def plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+def check_png(option: str, path: Path | None) -> None:
+    """Raise :class:`ConfigError` for a picture that does not end in .png, before any work."""
+    if path is not None and path.suffix != ".png":
+        raise ConfigError(f"{option} {path} ends in {path.suffix!r}; expected .png.")
 
 
 def write_json(path: Path, value: Any) -> None:

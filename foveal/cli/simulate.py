@@ -74,7 +74,7 @@ def gna(
 
     from ..bench import gna_picture, gna_simulator
     from ..core.errors import ConfigError, nearest
-    from .guard import note, output
+    from .guard import check_png, note, output
 
     for name, part in (("--share", share), ("--steps", steps)):
         if part is not None and not 0 <= part <= 1:
@@ -82,8 +82,7 @@ def gna(
     if steps is not None and share is None and use_case is None:
         raise ConfigError(f"--steps is {steps!r} without --share; expected both, or --share alone.")
     steps = 1.0 if steps is None else steps
-    if picture is not None and picture.suffix != ".png":
-        raise ConfigError(f"--picture {picture} ends in {picture.suffix!r}; expected .png.")
+    check_png("--picture", picture)
     if use_case is not None:
         for name, given in (("--shape", shape), ("--window", window), ("--dilation", dilation), ("--causal", causal)):
             if given is not None:

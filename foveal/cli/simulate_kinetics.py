@@ -35,7 +35,7 @@ def kinetics(
         Path | None,
         typer.Option(help="Recorded trials (JSON), with their own models, methods and lengths: accuracy against cost."),
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the curves as PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the curves as .png.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Count what decoding costs: arithmetic plus memory traffic, dense and with a budget of keys."""
@@ -44,9 +44,10 @@ def kinetics(
     from ..policies.kinetics import DENSE, block_methods, token_methods
     from ..policies.kinetics_allocation import read_traces
     from ..policies.kinetics_config import hardware_of, shape_of
-    from .guard import note
+    from .guard import check_png, note
     from .guard import output as console
 
+    check_png("--picture", picture)
     kinds = {"dense": (), "topk": token_methods(), "block-topk": block_methods()}
     if method != "all" and method not in kinds:
         raise ConfigError(f"--method is {method!r}. {nearest(method, ['all', *kinds])}")

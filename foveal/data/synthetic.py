@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, ShapeError
 
 FILL, SEPARATOR, FIRST = 0, 1, 2
 
@@ -87,7 +87,13 @@ def markov(batch: int, length: int, generator: torch.Generator, *, table: Tensor
     """A local task: a Markov chain over ``table`` ``(V, V)`` of transition probabilities; every token but the first is scored.
 
     Tokens are shifted by 2; a window of two tokens is all that can help.
+
+    Raises:
+        ConfigError: no tokens. ShapeError: a table that is not square.
     """
+    _check_table(table)
+    if length < 1:
+        raise ConfigError(f"markov has length={length}; expected at least 1.")
     state = torch.randint(table.shape[0], (batch,), generator=generator)
     out = [state]
     for _ in range(length - 1):
@@ -96,6 +102,11 @@ def markov(batch: int, length: int, generator: torch.Generator, *, table: Tensor
     answer = torch.ones(batch, length, dtype=torch.bool)
     answer[:, 0] = False
     return Task(torch.stack(out, 1) + FIRST, answer)
+
+
+def _check_table(table: Tensor) -> None:
+    if table.dim() != 2 or table.shape[0] != table.shape[1] or not len(table):
+        raise ShapeError(f"table has shape {tuple(table.shape)}; expected (V, V) with V of at least 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +132,9 @@ def distant_values(
         table: ``(V, V)`` of the chain, whose tokens are 2 … V+1; then come the keys, then the values.
 
     Raises:
-        ConfigError: more pairs than keys, or parts too short for the pairs.
+        ConfigError: more pairs than keys, or parts too short for the pairs. ShapeError: a table that is not square.
     """
+    _check_table(table)
     part, chain = (length - gap) // 2, table.shape[0]
     if not 1 <= pairs <= keys or part < 2 * pairs:
         raise ConfigError(
@@ -147,7 +159,13 @@ def distant_values(
 
 
 def transitions(size: int, likely: int, seed: int) -> Tensor:
-    """``(size, size)`` transition probabilities in which every token has ``likely`` equally probable successors."""
+    """``(size, size)`` transition probabilities in which every token has ``likely`` equally probable successors.
+
+    Raises:
+        ConfigError: likely not from 1 to ``size``.
+    """
+    if not 1 <= likely <= size:
+        raise ConfigError(f"transitions has size={size}, likely={likely}; expected 1 ≤ likely ≤ size.")
     g = torch.Generator().manual_seed(seed)
     chosen = torch.rand(size, size, generator=g).argsort(1)[:, :likely]
     return torch.zeros(size, size).scatter_(1, chosen, 1.0 / likely)
@@ -170,9 +188,14 @@ def shapes(batch: int, size: int, generator: torch.Generator, frames: int = 0) -
     Returns:
         ``(B, 3, size, size)`` or ``(B, 3, frames, size, size)`` values from −1 to 1, and ``(B, 3)`` caption tokens: shape,
         colour, quadrant of the centre in the first frame.
+
+    Raises:
+        ConfigError: fewer than 8 pixels, or a negative number of frames.
     """
     if size < 8:
         raise ConfigError(f"shapes has size={size}; expected at least 8 pixels.")
+    if frames < 0:
+        raise ConfigError(f"shapes has frames={frames}; expected 0 for pictures, or the length of clips.")
     shape = torch.randint(len(SHAPES), (batch,), generator=generator)
     colour = torch.randint(len(COLOURS), (batch,), generator=generator)
     radius = size // 8 + 1

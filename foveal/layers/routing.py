@@ -28,6 +28,7 @@ from ..core.layouts import Groups, KeySelection, Layout, block_mask
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from ..patterns.clusters import cluster_band, flat_members, last_members
+from .channel.base import at_least
 from .kmeans import Centroids, assign, clustering_loss, nearest_tokens, normalise, update
 from .rotary import rotary, rotate
 
@@ -52,6 +53,13 @@ class Routed:
     state: Centroids
     loss: Tensor
     coverage: float
+
+
+def _check_number(name: str, value: float, low: float, below: float) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a finite number from ``low`` to below ``below``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < below or value == -math.inf:
+        span = "" if low == -math.inf else f" of at least {low}" + ("" if below == math.inf else f" and below {below}")
+        raise ConfigError(f"RoutingAttention.{name} is {value!r}; expected a finite number{span}.")
 
 
 class RoutingAttention(nn.Module):
@@ -100,16 +108,24 @@ class RoutingAttention(nn.Module):
             raise ConfigError(
                 "RoutingAttention.mode is 'strict' with causal=False; expected mode='paper', which sees both sides."
             )
-        if dim % num_heads or dim // num_heads % 2 or not 0 <= local_heads < num_heads:
+        for name, size, low in (
+            ("dim", dim, 1), ("num_heads", num_heads, 1), ("local_heads", local_heads, 0), ("clusters", clusters, 1),
+            ("window", window, 1), ("local_block", local_block, 1),
+        ):  # fmt: skip
+            at_least(name, size, low, self)
+        for name, value, below in (
+            ("count_offset", count_offset, math.inf),
+            ("beta", beta, math.inf),
+            ("decay", decay, 1),
+        ):
+            _check_number(name, value, 0, below)
+        if scale is not None:
+            _check_number("scale", scale, -math.inf, math.inf)
+        if dim % num_heads or dim // num_heads % 2 or local_heads >= num_heads:
             raise ConfigError(
                 f"RoutingAttention has dim={dim}, num_heads={num_heads}, local_heads={local_heads}; expected heads of an even size that "
                 "divide dim, and fewer local heads than heads."
             )
-        for name, value in (("clusters", clusters), ("window", window), ("local_block", local_block)):
-            if value < 1:
-                raise ConfigError(f"RoutingAttention.{name} is {value}; expected at least 1.")
-        if not 0 <= decay < 1:
-            raise ConfigError(f"RoutingAttention.decay is {decay}; expected 0 to below 1.")
         self.num_heads, self.local_heads, self.head_dim = num_heads, local_heads, dim // num_heads
         self.routing_heads = num_heads - local_heads
         self.clusters, self.window, self.causal, self.mode, self.local_block = (
@@ -138,7 +154,12 @@ class RoutingAttention(nn.Module):
         return Centroids(centres, centres, centres.new_zeros(centres.shape[:2]))
 
     def fit_state(self, x: Tensor, iterations: int = 10, seed: int = 0, valid: Tensor | None = None) -> Centroids:
-        """Centroids from ``iterations`` rounds of k-means over the tokens of ``x`` ``(B, N, dim)``, renormalised to √D."""
+        """Centroids from ``iterations`` rounds of k-means over the tokens of ``x`` ``(B, N, dim)``, renormalised to √D.
+
+        Raises:
+            ShapeError: shapes that do not fit.
+        """
+        self._check_tokens(x, valid)
         q, k, _ = self._project(x)
         tokens = self._tokens(q, k)
         state = self.initial_state(seed, tokens.dtype)
@@ -207,9 +228,20 @@ class RoutingAttention(nn.Module):
 
         Args:
             q: ``(B, H, N, D)`` normalised queries, which are their own keys, not turned by position. v: ``(B, H, N, D)``.
+            state: as in :meth:`forward`.
+
+        Raises:
+            ShapeError: shapes that do not fit. UnsupportedError: a layer without ``causal``.
         """
         if not self.causal:
             raise UnsupportedError("route takes queries as their own keys, which goes with causal=True.")
+        if q.dim() != 4 or (q.shape[1], q.shape[3]) != (self.routing_heads, self.head_dim):
+            raise ShapeError(
+                f"q has shape {tuple(q.shape)}; expected (batch, {self.routing_heads}, length, {self.head_dim})."
+            )
+        if v.shape != q.shape:
+            raise ShapeError(f"v has shape {tuple(v.shape)}; expected that of q, {tuple(q.shape)}.")
+        self._check_state(state)
         base = self._base(q.shape[2], q.shape[2], None, q.device, self.mask_self)
         if self.mode == "strict":
             return self._strict(q, q, v, q, state, base), 1.0
@@ -245,19 +277,46 @@ class RoutingAttention(nn.Module):
         )  # fmt: skip
 
     def _check(self, x: Tensor, state: Centroids, valid: Tensor | None, memory: RoutingMemory | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.out.in_features:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.out.in_features}).")
-        expected = (self.routing_heads, self.clusters, self.head_dim)
-        if tuple(state.centres.shape) != expected:
-            raise ShapeError(
-                f"the state's centroids have shape {tuple(state.centres.shape)}; expected {expected}: make it with initial_state or fit_state of this layer."
-            )
-        if valid is not None and tuple(valid.shape) != tuple(x.shape[:2]):
-            raise ShapeError(f"valid has shape {tuple(valid.shape)}; expected {tuple(x.shape[:2])}.")
-        if memory is not None and (not self.causal or valid is not None or self.training):
+        self._check_tokens(x, valid)
+        self._check_state(state)
+        if memory is None:
+            return
+        if not self.causal or valid is not None or self.training:
             raise UnsupportedError(
                 "a memory goes with causal=True, without padding, in eval mode; decode rows of equal length, or one by one."
             )
+        if not isinstance(memory, RoutingMemory):
+            raise ShapeError(f"memory is a {type(memory).__name__}; expected a RoutingMemory.")
+        parts = (memory.routed, memory.keys, memory.values)
+        shapes = tuple(None if part is None else tuple(part.shape) for part in parts)
+        length = None if memory.values is None or memory.values.dim() != 4 else memory.values.shape[2]
+        expected = tuple(
+            (x.shape[0], heads, length, self.head_dim) for heads in (self.routing_heads, self.num_heads, self.num_heads)
+        )
+        if shapes not in ((None,) * 3, expected):
+            raise ShapeError(
+                f"memory has routed, keys and values of shapes {', '.join(map(str, shapes))}; expected those of this layer and batch, "
+                f"({x.shape[0]}, {self.routing_heads} and twice {self.num_heads}, length, {self.head_dim})."
+            )
+
+    def _check_tokens(self, x: Tensor, valid: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.out.in_features:
+            raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.out.in_features}).")
+        if valid is not None and tuple(valid.shape) != tuple(x.shape[:2]):
+            raise ShapeError(f"valid has shape {tuple(valid.shape)}; expected {tuple(x.shape[:2])}.")
+
+    def _check_state(self, state: Centroids) -> None:
+        if not isinstance(state, Centroids):
+            raise ShapeError(
+                f"state is a {type(state).__name__}; expected Centroids: make them with initial_state or fit_state of this layer."
+            )
+        each = (self.routing_heads, self.clusters, self.head_dim)
+        for name, expected in (("centres", each), ("sums", each), ("counts", each[:2])):
+            shape = tuple(getattr(state, name).shape)
+            if shape != expected:
+                raise ShapeError(
+                    f"state.{name} has shape {shape}; expected {expected}: make the state with initial_state or fit_state of this layer."
+                )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, base: BaseMask) -> Tensor:
         return compute(AttentionCall(q, k, v, layout, base, self.scale, return_lse=False))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import SelectContext, Selection, State
 from ..core.density import Density, measure
-from ..core.errors import ShapeError, UnsupportedError
+from ..core.errors import ConfigError, ShapeError, UnsupportedError
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
+from ..layers.channel.base import at_least
 from ..layers.rotary import check_rotary_heads, rotary, rotate
 from ..patterns import Pattern
 from ..patterns.dense import Dense
@@ -30,12 +32,14 @@ class Memory:
         keys, values: per layer ``(B, Hkv, n, D)``; empty before the first call.
         states: what each layer's pattern remembers.
         last: per layer ``(B, 1, dim)``, the last token that a :class:`~foveal.models.shift.Shifted` layer was given.
+        layers: of the model that fills it; None before the first call.
     """
 
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
     last: dict[int, Tensor] = field(default_factory=dict)
+    layers: int | None = None
 
     @property
     def length(self) -> int:
@@ -115,6 +119,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes(self, dim=dim, num_heads=num_heads, num_kv_heads=kv_heads)
         check_rotary_heads("SelfAttention", dim, num_heads, kv_heads)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, dim // num_heads
         self.layer_index, self.rope_base = layer_index, rope_base
@@ -140,11 +145,16 @@ def attend_layer(
     Args:
         x: ``(B, N, dim)`` what entered the layer. q: ``(B, H, N, D)``; k, v: ``(B, Hkv, N, D)`` of the new tokens.
         pre_rope_q: ``(B, H, N, D)`` queries before rotation, where the layer has them.
+
+    Raises:
+        ShapeError: a memory of another batch or model.
     """
     offset, states = 0, run.states
     if run.memory is not None:
         offset, states = run.base.shift, run.memory.states
         if layer_index in run.memory.keys:
+            check_remembered("keys", run.memory.keys[layer_index], k, 2, layer_index)
+            check_remembered("values", run.memory.values.get(layer_index), v, 2, layer_index)
             k = torch.cat([run.memory.keys[layer_index], k], 2)
             v = torch.cat([run.memory.values[layer_index], v], 2)
         run.memory.keys[layer_index], run.memory.values[layer_index] = k, v
@@ -218,7 +228,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, ratio: float = 2.0) -> None:
         super().__init__()
-        inner = int(dim * ratio)
+        inner = int(dim * ratio) if math.isfinite(ratio) else 0
+        if inner < 1:
+            raise ConfigError(f"ratio is {ratio!r}; expected a finite number of at least 1/dim = {1 / dim:.3g}.")
         self.gate, self.down = nn.Linear(dim, 2 * inner, bias=False), nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -259,6 +271,37 @@ def initialise(model: nn.Module, depth: int, seed: int) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * std)
             elif name.endswith("bias"):
                 p.zero_()
+
+
+def check_sizes(owner: nn.Module, least: int = 1, **sizes: int | None) -> None:
+    """Raise :class:`ConfigError` unless every size is an integer of at least ``least``; None is skipped."""
+    for name, size in sizes.items():
+        if size is not None:
+            at_least(name, size, least, owner)
+
+
+def check_depth(memory: Memory, layers: int) -> None:
+    """Raise :class:`ShapeError` unless ``memory`` is new or of a model of as many layers."""
+    if not isinstance(memory, Memory):
+        raise ShapeError(f"memory is a {type(memory).__name__}; expected a Memory.")
+    if memory.layers not in (None, layers):
+        raise ShapeError(f"memory has {memory.layers} layers; expected the {layers} of this model.")
+
+
+def check_remembered(name: str, kept: Tensor | None, new: Tensor, axis: int, layer_index: int) -> None:
+    """Raise :class:`ShapeError` unless what the memory kept has the shape of ``new`` but for its length on ``axis``."""
+    shape, expected = None if kept is None else tuple(kept.shape), tuple(new.shape)
+    if shape is None or shape[:axis] + shape[axis + 1 :] != expected[:axis] + expected[axis + 1 :]:
+        wanted = ", ".join("length" if i == axis else str(n) for i, n in enumerate(expected))
+        raise ShapeError(f"memory has {name} of shape {shape} in layer {layer_index}; expected ({wanted}).")
+
+
+def check_marks(name: str, marks: Tensor, ids: Tensor) -> None:
+    """Raise :class:`ShapeError` unless ``marks`` is a bool for every token of ``ids``."""
+    if marks.shape != ids.shape or marks.dtype != torch.bool:
+        raise ShapeError(
+            f"{name} has shape {tuple(marks.shape)} and dtype {marks.dtype}; expected that of ids, {tuple(ids.shape)}, of bool."
+        )
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:

@@ -9,7 +9,21 @@ from torch import Tensor, nn
 
 from ..core.base_mask import BaseMask
 from ..core.context import State
-from .blocks import AttentionFactory, Block, Memory, Method, Pass, check_ids, chosen, factory, initialise
+from ..core.errors import ShapeError
+from .blocks import (
+    AttentionFactory,
+    Block,
+    Memory,
+    Method,
+    Pass,
+    check_depth,
+    check_ids,
+    check_marks,
+    check_sizes,
+    chosen,
+    factory,
+    initialise,
+)
 
 
 class DecoderLM(nn.Module):
@@ -20,6 +34,9 @@ class DecoderLM(nn.Module):
         attention: layer index → attention module; default rotary self-attention under a policy.
         ratio: inner width of the MLP over ``dim``.
         seed: of the initial weights.
+
+    Raises:
+        ConfigError: sizes below 1, or that do not divide each other.
     """
 
     def __init__(
@@ -35,6 +52,7 @@ class DecoderLM(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_sizes(self, vocab_size=vocab_size, dim=dim, depth=depth, num_heads=num_heads, num_kv_heads=num_kv_heads)
         attention = attention or factory(dim, num_heads, num_kv_heads)
         self.vocab_size = vocab_size
         self.embed = nn.Embedding(vocab_size, dim)
@@ -47,6 +65,8 @@ class DecoderLM(nn.Module):
         states: dict[int, State] | None = None, impl: str = "auto", measuring: bool = False,
     ) -> Pass:  # fmt: skip
         """The pass that :meth:`forward` runs over ``ids`` ``(B, N)``; ``valid`` ``(B, n + N)`` is False on padding."""
+        if memory is not None:
+            check_depth(memory, len(self.layers))
         before = 0 if memory is None else memory.length
         total = before + ids.shape[1]
         base = BaseMask.build(ids.shape[1], total, causal=True, shift=before, valid=valid, device=ids.device)
@@ -73,17 +93,29 @@ class DecoderLM(nn.Module):
             run: a pass from :meth:`begin`, for padding, measuring, or another implementation.
 
         Raises:
-            ShapeError: ids of another shape, dtype or range.
+            ShapeError: ids of another shape, dtype or range, or a memory of another batch or model.
         """
         check_ids(ids, self.vocab_size)
         run = self.begin(ids, policy, memory) if run is None else run
+        if run.memory is not None:
+            check_depth(run.memory, len(self.layers))
+            run.memory.layers = len(self.layers)
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, run)
         return self.head(self.norm(x))
 
     def loss(self, ids: Tensor, scored: Tensor | None = None, policy: Method | None = None) -> Tensor:
-        """Mean next-token loss in nats; ``scored`` ``(B, N)`` bool says which tokens of ``ids`` count as targets."""
+        """Mean next-token loss in nats; ``scored`` ``(B, N)`` bool says which tokens of ``ids`` count as targets.
+
+        Raises:
+            ShapeError: less than two tokens, or ``scored`` of another shape or dtype.
+        """
+        check_ids(ids, self.vocab_size)
+        if ids.shape[0] < 1 or ids.shape[1] < 2:
+            raise ShapeError(f"ids has shape {tuple(ids.shape)}; expected (batch, length) of at least 1 and 2.")
+        if scored is not None:
+            check_marks("scored", scored, ids)
         logits = self(ids[:, :-1], policy)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         if scored is None:

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
-from .blocks import AttentionFactory, Block, Method, Pass, check_ids, chosen, factory, initialise
+from .blocks import (
+    AttentionFactory,
+    Block,
+    Method,
+    Pass,
+    check_ids,
+    check_marks,
+    check_sizes,
+    chosen,
+    factory,
+    initialise,
+)
 
 LEAST_MASKED = 1e-3
 """ε: the smallest share of tokens masked in training."""
@@ -27,6 +38,9 @@ class DiffusionLM(nn.Module):
         vocab_size: tokens without the mask. dim, depth, num_heads: sizes.
         attention: layer index → attention module; default rotary self-attention under a policy.
         seed: of the initial weights.
+
+    Raises:
+        ConfigError: sizes below 1, or that do not divide each other.
     """
 
     def __init__(
@@ -40,6 +54,7 @@ class DiffusionLM(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_sizes(self, vocab_size=vocab_size, dim=dim, depth=depth, num_heads=num_heads)
         attention = attention or factory(dim, num_heads)
         self.vocab_size, self.mask = vocab_size, vocab_size
         self.embed = nn.Embedding(vocab_size + 1, dim)
@@ -75,7 +90,12 @@ class DiffusionLM(nn.Module):
             ids: ``(B, N)`` whole sequences.
             answer: ``(B, N)`` bool, tokens that may be masked.
             generator: draws the shares and the masks, on the CPU.
+
+        Raises:
+            ShapeError: bad ids, or ``answer`` of another shape or dtype.
         """
+        check_ids(ids, self.vocab_size)
+        check_marks("answer", answer, ids)
         share = LEAST_MASKED + (1 - LEAST_MASKED) * torch.rand(ids.shape[0], 1, generator=generator)
         masked = (torch.rand(ids.shape, generator=generator) < share).to(ids.device) & answer
         logits = self(torch.where(masked, self.mask, ids), policy)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
-from .blocks import AttentionFactory, Method, Mlp, Pass, check_ids, chosen, factory, initialise
+from .blocks import AttentionFactory, Method, Mlp, Pass, check_ids, check_sizes, chosen, factory, initialise
 from .vit import coordinates
 
 OFFSET = 0.008
@@ -56,6 +56,9 @@ class DiT(nn.Module):
         dim, depth, num_heads: sizes.
         attention: layer index → attention module; default rotary self-attention under a policy, told grid and step.
         seed: of the initial weights.
+
+    Raises:
+        ConfigError: sizes that are too small or do not divide each other, or text without a vocabulary.
     """
 
     def __init__(
@@ -75,6 +78,10 @@ class DiT(nn.Module):
         super().__init__()
         if len(grid) not in (2, 3) or min(grid) < 1:
             raise ConfigError(f"DiT.grid is {grid}; expected (height, width) or (frames, height, width) in patches.")
+        check_sizes(self, channels=channels, patch=patch, dim=dim, depth=depth, num_heads=num_heads)
+        check_sizes(self, 0, vocab_size=vocab_size, text=text)
+        if text and not vocab_size:
+            raise ConfigError(f"DiT.vocab_size is 0 with text={text}; expected at least 1, or text=0.")
         attention = attention or factory(dim, num_heads)
         self.grid, self.channels, self.patch, self.vocab_size, self.text = grid, channels, patch, vocab_size, text
         self.dim = dim
@@ -123,6 +130,8 @@ class DiT(nn.Module):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, {', '.join(map(str, self.shape))}).")
+        if t.shape != x.shape[:1]:
+            raise ShapeError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), a level for every sample of x.")
         run = self.begin(policy) if run is None else run
         tokens = self.project(self._patches(x))
         ids = x.new_full((x.shape[0], self.text), self.vocab_size, dtype=torch.int64) if text is None else text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blocks import AttentionFactory, Pass, SelfAttention
+from .blocks import AttentionFactory, Pass, SelfAttention, check_remembered
 
 
 class Shifted(nn.Module):
@@ -30,6 +30,7 @@ class Shifted(nn.Module):
         last = x.new_zeros(x.shape[0], 1, x.shape[2])
         if run.memory is not None:
             last = run.memory.last.get(self.layer_index, last)
+            check_remembered("last tokens", last, x[:, :1], 1, self.layer_index)
             run.memory.last[self.layer_index] = x[:, -1:]
         before = torch.cat([last, x[:, :-1]], 1)
         if run.base.valid is not None:  # padding precedes nothing

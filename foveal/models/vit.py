@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core.base_mask import BaseMask
 from ..core.errors import ShapeError
-from .blocks import AttentionFactory, Block, Method, Pass, chosen, factory, initialise
+from .blocks import AttentionFactory, Block, Method, Pass, check_sizes, chosen, factory, initialise
 
 
 def coordinates(grid: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -22,6 +22,9 @@ class ViT(nn.Module):
         classes: outputs. channels, patch: of the images. dim, depth, num_heads: sizes.
         attention: layer index → attention module; default rotary self-attention under a policy, told the token grid.
         seed: of the initial weights.
+
+    Raises:
+        ConfigError: sizes below 1, or that do not divide each other.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class ViT(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_sizes(self, classes=classes, channels=channels, patch=patch, dim=dim, depth=depth, num_heads=num_heads)
         attention = attention or factory(dim, num_heads)
         self.channels, self.patch = channels, patch
         self.project = nn.Linear(channels * patch * patch, dim)

@@ -130,6 +130,10 @@ def patch_parallel(
     check_tensors(q, k, v)
     if text not in ("exact", "mean"):
         raise ConfigError(f"text is {text!r}; expected 'exact' or 'mean'.")
+    if len(grid) != 2 or min(grid) < 1 or disc.grid not in (None, tuple(grid), (-1, grid[1])):
+        raise ConfigError(
+            f"grid is {grid!r} and the pattern's {disc.grid!r}; expected (height, width) of at least 1 each, and the same where the pattern has one."
+        )
     width, t = grid[1], disc.text
     if not q.shape[2] == k.shape[2] == t + math.prod(grid):
         raise ShapeError(

@@ -236,7 +236,7 @@ def _rows(base: BaseMask, q_block: int) -> Tensor:
 
 
 def _decode_list(chosen: Tensor, sink: Tensor, tail: int, own: int, size: int) -> Tensor:
-    """``(B, heads, K)``: sinks outside the chosen blocks, the chosen blocks, the tail; −1 pads."""
+    """``(B, heads, K)``: sinks outside the chosen blocks, the chosen blocks, the tail, in rising order; −1 pads."""
     batch, heads, blocks = chosen.shape
     most = int(chosen.sum(-1).max()) if blocks else 0
     index = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
@@ -247,4 +247,4 @@ def _decode_list(chosen: Tensor, sink: Tensor, tail: int, own: int, size: int) -
         twice = chosen.gather(-1, sink.clamp(min=0) // size) & (sink >= 0)
         sink = torch.where(twice, -1, sink)
     near = torch.arange(tail, own + 1, device=chosen.device).expand(batch, heads, -1)
-    return torch.cat([near, sink, picked], -1)
+    return torch.cat([sink, picked, near], -1)

@@ -67,6 +67,10 @@ class VMoBA(Pattern):
             raise ConfigError(
                 f"VMoBA.blocks is {self.blocks!r}; expected at least one shape of sizes above 0 (0: the whole axis of a grid)."
             )
+        if len({len(shape) for shape in self.blocks} - {1}) > 1:
+            raise ConfigError(
+                f"VMoBA.blocks is {self.blocks!r}; expected shapes of as many axes each, those of the grid, or of one number."
+            )
         if self.grid is not None and (not self.grid or min(self.grid) < 1):
             raise ConfigError(f"VMoBA.grid is {self.grid!r}; expected sizes of at least 1, for example (24, 36, 64).")
         if self.grid is not None:

@@ -99,13 +99,24 @@ def test_patterns_dynamic(tmp_path: Path) -> None:
         "--no-flex",
     )
     rows = data["lengths"]["512"]
-    assert {"moba", "vmoba", "xattention", "reuse", "token_topk", "sdpa causal", "sdpa full", "sdpa one token"} <= set(
-        rows
-    )
+    assert {
+        "moba",
+        "vmoba",
+        "xattention",
+        "dhsa",
+        "sparsed",
+        "reuse",
+        "token_topk",
+        "sdpa causal",
+        "sdpa full",
+        "sdpa one token",
+    } <= set(rows)
     row = rows["vmoba"]
     assert row["target"] == pytest.approx(0.6 / row["tile_density"], rel=1e-3)
     assert row["selection_share"] > 0 and rows["reuse"]["density"] == rows["block_topk"]["density"] < 1
-    assert data["memory"].keys() == rows.keys() - {"reuse", "sdpa causal", "sdpa full", "sdpa one token"}
+    chosen = rows.keys() - {"reuse", "sdpa causal", "sdpa full", "sdpa one token"}
+    assert data["memory"].keys() == chosen | {"routing_strict", "routing_paper"}
+    assert all(row["met"] == (row["times"] <= 8) for name, row in data["memory"].items() if name != "token_topk")
 
 
 def test_selective_scan_speed(tmp_path: Path) -> None:

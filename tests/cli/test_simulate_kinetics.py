@@ -73,6 +73,7 @@ def test_traces_and_pictures(tmp_path: Path) -> None:
         ("--combine add", "combine is 'add'"),
         ("--limit -1", "--limit is -1.0; expected a positive number"),
         ("--traces none.json", "cannot be read"),
+        ("--picture a.foo", "--picture a.foo ends in '.foo'; expected .png"),
     ],
 )
 def test_bad_words_give_one_message(words: str, message: str) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from foveal.core.errors import ConfigError, DataError
+from foveal.core.errors import ConfigError, DataError, ShapeError
 from foveal.data.digits import digits
 from foveal.data.synthetic import (
     CAPTION_TOKENS,
@@ -124,3 +124,24 @@ def test_digits_are_real_split_and_scaled():
     assert torch.equal(again, held) and not torch.equal(digits(held_out=297, seed=1)[2], held)
     with pytest.raises(DataError, match="held_out=0"):
         digits(held_out=0)
+
+
+CHAIN = torch.full((4, 4), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: markov(2, 0, generator(), table=CHAIN), ConfigError, "length=0"),
+        (lambda: markov(2, 5, generator(), table=CHAIN[:3]), ShapeError, r"table has shape \(3, 4\)"),
+        (lambda: markov(2, 5, generator(), table=CHAIN[0]), ShapeError, r"table has shape \(4,\)"),
+        (lambda: markov(2, 5, generator(), table=CHAIN[:0, :0]), ShapeError, r"table has shape \(0, 0\)"),
+        (lambda: distant_values(1, 60, 5, 30, generator(), table=torch.ones(())), ShapeError, "table has shape"),
+        (lambda: transitions(0, 0, 0), ConfigError, "size=0, likely=0"),
+        (lambda: transitions(3, 4, 0), ConfigError, "size=3, likely=4"),
+        (lambda: shapes(2, 12, generator(), frames=-1), ConfigError, "frames=-1"),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()

@@ -344,6 +344,16 @@ def test_strict_routing_crosses_tiles():
         (lambda: layer(num_heads=5), ConfigError, "num_heads=5"),
         (lambda: layer(local_heads=4), ConfigError, "local_heads=4"),
         (lambda: layer(window=0), ConfigError, "window is 0"),
+        (lambda: RoutingAttention(0), ConfigError, "dim is 0"),
+        (lambda: layer(num_heads=0), ConfigError, "num_heads is 0"),
+        (lambda: layer(local_heads=-1), ConfigError, "local_heads is -1"),
+        (lambda: layer(clusters="4"), ConfigError, "clusters is '4'"),
+        (lambda: layer(window=2.5), ConfigError, "window is 2.5"),
+        (lambda: layer(count_offset=-1), ConfigError, "count_offset is -1"),
+        (lambda: layer(beta=-1), ConfigError, "beta is -1"),
+        (lambda: layer(beta="1"), ConfigError, "beta is '1'"),
+        (lambda: layer(scale=float("nan")), ConfigError, "scale is nan; expected a finite number[.]"),
+        (lambda: layer(scale=-float("inf")), ConfigError, "scale is -inf"),
         (lambda: layer(decay=1.0), ConfigError, "decay is 1.0"),
         (lambda: layer()(tokens(), layer(clusters=3).initial_state()), ShapeError, r"\(4, 5, 8\)"),
         (lambda: layer()(tokens()[..., :7], layer().initial_state()), ShapeError, "32"),
@@ -358,3 +368,62 @@ def test_strict_routing_crosses_tiles():
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def filled(batch: int = B, **changes: object) -> RoutingMemory:
+    """The memory of another layer after five tokens."""
+    model, memory = layer(**changes), RoutingMemory()
+    model(tokens(5, batch=batch), state_of(model), memory=memory)
+    return memory
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        lambda: filled(batch=3),
+        lambda: filled(num_heads=2),
+        lambda: filled(local_heads=1),
+        lambda: replace(filled(), keys=None),
+        lambda: replace(filled(), routed=filled().routed[:, :, 1:]),
+        lambda: RoutingMemory(*[torch.zeros(3)] * 3),
+        lambda: torch.zeros(3),
+    ],
+)
+@pytest.mark.parametrize("mode", ["strict", "paper"])
+def test_a_memory_of_another_request_or_layer_is_refused(memory, mode):
+    model = layer(mode=mode)
+    with pytest.raises(ShapeError, match=r"^memory "):
+        model(tokens(2), state_of(model), memory=memory())
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (None, "state is a NoneType"),
+        (torch.zeros(HEADS, 5, D), "state is a Tensor"),
+        (Centroids(torch.zeros(HEADS, 5, D), torch.zeros(HEADS, 3, D), torch.zeros(HEADS, 5)), "state.sums has shape"),
+        (Centroids(*[torch.zeros(HEADS, 5, D)] * 3), "state.counts has shape"),
+    ],
+)
+def test_another_state_is_refused_in_every_call(state, words):
+    model, q = layer().train(), torch.zeros(B, HEADS, 6, D, dtype=torch.float64)
+    for call in (lambda: model(tokens(), state), lambda: model.route(q, q, state)):
+        with pytest.raises(ShapeError, match=words):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, q: m.route(q[:, 1:], q, state_of(m)), "q has shape"),
+        (lambda m, q: m.route(q[..., 1:], q, state_of(m)), "q has shape"),
+        (lambda m, q: m.route(q[0], q, state_of(m)), "q has shape"),
+        (lambda m, q: m.route(q, q[:, :, 1:], state_of(m)), "v has shape"),
+        (lambda m, _: m.fit_state(tokens()[0]), "x has shape"),
+        (lambda m, _: m.fit_state(tokens()[..., 1:]), "x has shape"),
+        (lambda m, _: m.fit_state(tokens(), valid=torch.ones(B, 3, dtype=torch.bool)), "valid has shape"),
+    ],
+)
+def test_fitting_and_routing_check_their_shapes(call, words):
+    with pytest.raises(ShapeError, match=words):
+        call(layer(), torch.zeros(B, HEADS, 6, D, dtype=torch.float64))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,18 @@ from torch import Tensor, nn
 from foveal.core.budget import Budget
 from foveal.core.errors import ConfigError, ShapeError, UnsupportedError
 from foveal.layers.rotary import rotary, rotate
-from foveal.models import DecoderLM, DiffusionLM, DiT, Memory, Pass, SelfAttention, ViT, blocks, shifted_factory
+from foveal.models import (
+    DecoderLM,
+    DiffusionLM,
+    DiT,
+    Memory,
+    Pass,
+    SelfAttention,
+    ViT,
+    blocks,
+    diffusion_lm,
+    shifted_factory,
+)
 from foveal.models.dit import signal
 from foveal.models.vit import coordinates
 from foveal.patterns import BlockTopK, Dense, Rettention, SlidingWindow
@@ -242,6 +255,79 @@ def test_diffusion_loss_is_the_weighted_cross_entropy_of_the_masks():
     assert float(alone.detach()) == 0.0
 
 
+def test_diffusion_loss_with_every_token_masked_is_plain_cross_entropy(monkeypatch):
+    """Exact test 10 of SparseD's sheet: masking probability p = 1."""
+    monkeypatch.setattr(diffusion_lm, "LEAST_MASKED", 1.0)
+    model, x = trained_looking(DiffusionLM(VOCAB, dim=16, depth=2)), ids(4, 7)
+    got = model.loss(x, torch.ones_like(x, dtype=torch.bool), torch.Generator().manual_seed(0))
+    logits = model(torch.full_like(x, model.mask))
+    torch.testing.assert_close(got, nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()))
+
+
+def masks_of_three() -> Iterator[Tensor]:
+    """All 2³ masks ``(1, 3)``."""
+    for mask in itertools.product((False, True), repeat=3):
+        yield torch.tensor([mask])
+
+
+def losses_under(model: DiffusionLM, x: Tensor, mask: Tensor) -> Tensor:
+    """``(3,)`` cross entropy of every token when ``mask`` is hidden."""
+    return nn.functional.cross_entropy(model(torch.where(mask, model.mask, x))[0], x[0], reduction="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.75, 1.0])
+def test_diffusion_loss_is_unbiased_over_the_eight_masks_of_three_tokens(monkeypatch, p):
+    """Exact test 10: Σ_m P(m)·loss(m) is finite, and the mean over tokens of the cross entropy given that the token is masked
+    and the other two are with probability p."""
+    model, x = trained_looking(DiffusionLM(5, dim=16, depth=2)), ids(1, 3, vocab=5)
+    monkeypatch.setattr(diffusion_lm, "LEAST_MASKED", 0.0)
+    found, expected = torch.zeros(2, dtype=torch.float64)
+    for mask in masks_of_three():
+        draws = iter([torch.full((1, 1), p, dtype=torch.float64), torch.where(mask, 0.0, 1.0)])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "rand", lambda *_, draws=draws, **__: next(draws))
+            loss = model.loss(x, torch.ones_like(mask), torch.Generator())
+        assert bool(loss.isfinite())
+        chance = [p if hidden else 1 - p for hidden in mask[0].tolist()]
+        found += math.prod(chance) * loss
+        for i in range(3):
+            others = math.prod(chance[:i] + chance[i + 1 :])
+            expected += others * losses_under(model, x, mask)[i] / 3 if mask[0, i] else 0.0
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_diffusion_loss_averages_to_the_enumeration_of_its_masks(monkeypatch):
+    """With its own draws: the share t is uniform from ε to 1, here ε = 1/4, and every token is masked with probability t."""
+    model, x = trained_looking(DiffusionLM(5, dim=16, depth=2)), ids(1, 3, vocab=5)
+    monkeypatch.setattr(diffusion_lm, "LEAST_MASKED", 0.25)
+    share = 0.25 + 0.75 * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    expected = torch.zeros((), dtype=torch.float64)
+    for mask in masks_of_three():
+        count = int(mask.sum())
+        weight = (share ** (count - 1) * (1 - share) ** (3 - count)).mean()
+        expected += weight * (losses_under(model, x, mask) * mask[0]).sum() / 3
+    rows = x.expand(40_000, -1)
+    got = model.loss(rows, torch.ones_like(rows, dtype=torch.bool), torch.Generator().manual_seed(0))
+    assert float(got) == pytest.approx(float(expected), rel=0.01)
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_sampling_at_temperature_zero_is_deterministic(block):
+    """Exact test 12 of SparseD's sheet: the generator has no say; above zero it has."""
+    model, prompt = trained_looking(DiffusionLM(VOCAB, dim=16, depth=2)), ids(3, 7)
+
+    def drawn(seed: int, temperature: float) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return model.sample(prompt, 12, 6, block=block, temperature=temperature, generator=g)
+
+    assert torch.equal(drawn(1, 0.0), drawn(2, 0.0)) and torch.equal(
+        drawn(1, 0.0), model.sample(prompt, 12, 6, block=block)
+    )
+    assert not torch.equal(drawn(1, 2.0), drawn(2, 2.0)) and torch.equal(drawn(1, 2.0), drawn(1, 2.0))
+
+
 @pytest.mark.parametrize(
     ("length", "steps", "block"), [(12, 12, None), (12, 5, None), (12, 6, 4), (12, 3, 4), (5, 1, None)]
 )
@@ -424,6 +510,96 @@ def test_vit_knows_where_patches_lie_but_only_relative_to_each_other():
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def nothing(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DecoderLM(0), "DecoderLM.vocab_size is 0"),
+        (lambda: DecoderLM(9, dim=0), "DecoderLM.dim is 0"),
+        (lambda: DecoderLM(9, depth=0), "DecoderLM.depth is 0"),
+        (lambda: DecoderLM(9, depth=-1), "DecoderLM.depth is -1"),
+        (lambda: DecoderLM(9, depth=1.5), "DecoderLM.depth is 1.5"),
+        (lambda: DecoderLM(9, num_heads=0), "DecoderLM.num_heads is 0"),
+        (lambda: DecoderLM(9, num_kv_heads=0), "DecoderLM.num_kv_heads is 0"),
+        (lambda: DecoderLM(9, ratio=0), "ratio is 0"),
+        (lambda: DecoderLM(9, ratio=math.nan), "ratio is nan"),
+        (lambda: SelfAttention(32, 0, 0), "SelfAttention.num_heads is 0"),
+        (lambda: SelfAttention(32, 4, 0, 0), "SelfAttention.num_kv_heads is 0"),
+        (lambda: DiffusionLM(0), "DiffusionLM.vocab_size is 0"),
+        (lambda: DiffusionLM(9, depth=0), "DiffusionLM.depth is 0"),
+        (lambda: DiffusionLM(9, num_heads=0), "DiffusionLM.num_heads is 0"),
+        (lambda: DiT((2, 2), patch=0), "DiT.patch is 0"),
+        (lambda: DiT((2, 2), channels=0), "DiT.channels is 0"),
+        (lambda: DiT((2, 2), depth=0), "DiT.depth is 0"),
+        (lambda: DiT((2, 2), num_heads=0), "DiT.num_heads is 0"),
+        (lambda: DiT((2, 2), vocab_size=-1), "DiT.vocab_size is -1"),
+        (lambda: DiT((2, 2), text=-1), "DiT.text is -1"),
+        (lambda: DiT((2, 2), text=3), "DiT.vocab_size is 0 with text=3"),
+        (lambda: ViT(0), "ViT.classes is 0"),
+        (lambda: ViT(3, patch=0), "ViT.patch is 0"),
+        (lambda: ViT(3, depth=-1), "ViT.depth is -1"),
+        (lambda: ViT(3, num_heads=0), "ViT.num_heads is 0"),
+    ],
+)
+def test_sizes_that_build_nothing_are_refused(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: decoder().loss(ids(2, 1)), r"ids has shape \(2, 1\)"),
+        (lambda: decoder().loss(ids(0, 5)), r"ids has shape \(0, 5\)"),
+        (lambda: decoder().loss(ids(1, 5)[0]), r"ids has shape \(5,\)"),
+        (lambda: decoder().loss(ids(2, 5), nothing(2, 4)), r"scored has shape \(2, 4\)"),
+        (lambda: decoder().loss(ids(2, 5), nothing(1, 5)), r"scored has shape \(1, 5\)"),
+        (lambda: decoder().loss(ids(2, 5), torch.ones(2, 5)), "scored has .* torch.float32"),
+        (lambda: DiffusionLM(VOCAB, 16, 1).loss(ids(2, 5), nothing(2, 4), torch.Generator()), "answer has shape"),
+        (lambda: DiffusionLM(VOCAB, 16, 1).loss(ids(2, 5), nothing(5), torch.Generator()), "answer has shape"),
+        (lambda: DiffusionLM(VOCAB, 16, 1).loss(ids(2, 5) + VOCAB, nothing(2, 5), torch.Generator()), "0 to 22"),
+        (lambda: DiT((2, 2), dim=16)(torch.zeros(2, 1, 2, 2), torch.zeros(1)), r"t has shape \(1,\)"),
+        (lambda: DiT((2, 2), dim=16)(torch.zeros(2, 1, 2, 2), torch.zeros(())), r"t has shape \(\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(call, words):
+    with pytest.raises(ShapeError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("made_by", "batch", "words"),
+    [
+        ({"depth": 2}, 1, "memory has 2 layers; expected the 3"),
+        ({"depth": 4}, 1, "memory has 4 layers; expected the 3"),
+        ({}, 2, r"memory has keys of shape \(2, 2, 5, 8\) in layer 0; expected \(1, 2, length, 8\)"),
+        ({"dim": 64}, 1, "memory has keys of shape"),
+        ({"num_kv_heads": 4}, 1, "memory has keys of shape"),
+    ],
+)
+def test_a_memory_of_another_model_or_batch_is_refused(made_by, batch, words):
+    memory = Memory()
+    decoder(**made_by)(ids(batch, 5), memory=memory)
+    with pytest.raises(ShapeError, match=words):
+        decoder()(ids(1, 3), memory=memory)
+
+
+def test_a_memory_is_refused_by_its_layers_where_they_keep_no_keys_and_by_the_token_shift():
+    memory = Memory()
+    DecoderLM(VOCAB, dim=16, depth=2, attention=lambda i: Mean())(ids(1, 5), memory=memory)
+    with pytest.raises(ShapeError, match="memory has 2 layers"):
+        decoder()(ids(1, 3), memory=memory)
+    memory = Memory()
+    shifted()(ids(2, 5), memory=memory)
+    with pytest.raises(ShapeError, match=r"memory has last tokens of shape \(2, 1, 32\)"):
+        shifted()(ids(1, 3), memory=memory)
+    with pytest.raises(ShapeError, match="memory is a dict"):
+        decoder()(ids(1, 3), memory={})
 
 
 def test_a_sparse_policy_trains():

@@ -327,6 +327,8 @@ def test_strips_exchange_borders_with_neighbours_only() -> None:
         (lambda q, k, v: strips(Disc(4), (8, 12), 4), ConfigError, "strips of 2 rows; expected at least 3"),
         (lambda q, k, v: strips(Disc(2, (8, 12), 0, (2, 2)), (8, 12), 2), ConfigError, "tile is (2, 2)"),
         (lambda q, k, v: patch_parallel(Disc(2, None, 5), (8, 12), q, k, v, 2, "sum"), ConfigError, "text is 'sum'"),
+        (lambda q, k, v: patch_parallel(Disc(2, (6, 16), 5), (8, 12), q, k, v, 2), ConfigError, "grid is (8, 12) and the pattern's (6, 16)"),
+        (lambda q, k, v: patch_parallel(Disc(2, None, 5), (-8, -12), q, k, v, 2), ConfigError, "grid is (-8, -12)"),
         (lambda q, k, v: patch_parallel(Disc(2, None, 5), (8, 11), q, k, v, 2), ShapeError, "101 tokens; expected 93|101 and 101"),
     ],
 )  # fmt: skip

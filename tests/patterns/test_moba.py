@@ -376,6 +376,7 @@ def test_selection_is_linear_in_queries_times_blocks():
         ({"top_k": (1, 2)}, r"top_k.*\(1, 2\).*one for each of the 3"),
         ({"top_k": (2,), "scope": "block"}, r"scope.*expected a threshold"),
         ({"blocks": ((0,),)}, r"blocks.*expected at least one shape"),
+        ({"blocks": ((3, 0, 0), (0, 6))}, r"blocks.*shapes of as many axes each"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, names):

@@ -256,7 +256,7 @@ def test_a_state_of_another_grid_is_refused() -> None:
 
 
 def test_a_mask_that_changes_and_a_generation_without_steps_are_refused() -> None:
-    with pytest.raises(ConfigError, match="Rettention.pattern is .*stays from step to step"):
+    with pytest.raises(ConfigError, match=r"Rettention.pattern is .*stays from step to step"):
         Rettention(MoBA(8, 2))
     with pytest.raises(ConfigError, match="steps is 0; expected at least 1"):
         Rettention(BAND).run_cost(0, 0.5)

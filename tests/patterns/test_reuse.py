@@ -122,5 +122,5 @@ def test_groups_of_another_batch_or_other_heads_are_refused(known):
 def test_blocks_and_lists_of_another_batch_are_refused(source):
     q, k = (t.repeat(2, 1, 1, 1) for t in tensors())
     earlier = {0: chosen(source, q, k)}
-    with pytest.raises(ShapeError, match="in a batch of 2; .* in a batch of 3"):
+    with pytest.raises(ShapeError, match=r"in a batch of 2; .* in a batch of 3"):
         chosen(Reuse(0), q[:1].repeat(3, 1, 1, 1), k[:1].repeat(3, 1, 1, 1), layer_index=1, earlier=earlier)
