@@ -28,7 +28,7 @@ from foveal.models import (
 )
 from foveal.models.dit import signal
 from foveal.models.vit import coordinates
-from foveal.patterns import BlockTopK, Dense, Rettention, SlidingWindow
+from foveal.patterns import BlockTopK, Dense, Rettention, SlidingWindow, SparseD
 from foveal.policies import Policy, Rule
 
 VOCAB = 23
@@ -326,6 +326,15 @@ def test_sampling_at_temperature_zero_is_deterministic(block):
         drawn(1, 0.0), model.sample(prompt, 12, 6, block=block)
     )
     assert not torch.equal(drawn(1, 2.0), drawn(2, 2.0)) and torch.equal(drawn(1, 2.0), drawn(1, 2.0))
+
+
+def test_sampling_with_only_dense_steps_gives_the_tokens_of_dense_attention():
+    """Exact test 1 of SparseD's sheet: s = 1, or ρ = 1; with fewer dense steps and blocks the tokens change."""
+    model, prompt = trained_looking(DiffusionLM(VOCAB, dim=16, depth=2)), ids(3, 7)
+    want = model.sample(prompt, 12, 6)
+    for skip, keep, same in ((1.0, 0.0, True), (0.0, 1.0, True), (0.0, 0.0, False)):
+        policy = SparseD(steps=6, skip=skip, keep=keep, block=1, generated=12)
+        assert torch.equal(model.sample(prompt, 12, 6, policy=policy), want) == same
 
 
 @pytest.mark.parametrize(

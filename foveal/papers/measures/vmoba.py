@@ -69,6 +69,7 @@ def measure_flops(seed: int = 0, out: Path | None = None) -> dict[str, Any]:
     exact = all(round(found[name], 2) == value for name, value in PRINTED.items() if name.startswith("full"))
     near = all(round(found[n], 1) == round(PRINTED[n], 1) for n in PRINTED if "vmoba" in n)
     numbers = {
+        "ours": f"{found['full 55k']:.2f} and {found['vmoba 55k .19']:.2f} TFLOPs at 55k tokens",
         "teraflops": {name: round(value, 2) for name, value in found.items()},
         "printed": PRINTED,
         "times_fewer_at_55k": round(found["full 55k"] / found["vmoba 55k .19"], 3),
@@ -97,6 +98,7 @@ def measure_threshold(seeds: int = SEEDS, seed: int = 0, out: Path | None = None
     near = all(abs(kept[tau] - paper) <= MARGIN for tau, paper in TAUS.items())
     below = all(share < tau + 1 / BLOCKS for tau, share in kept.items())
     numbers = {
+        "ours": "kept " + ", ".join(f"{share:.3f} (τ = {tau})" for tau, share in kept.items()),
         "kept": {str(tau): round(share, 4) for tau, share in kept.items()},
         "paper": {str(tau): share for tau, share in TAUS.items()},
         "monotone": rising,
