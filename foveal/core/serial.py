@@ -82,6 +82,20 @@ def check_range(instance: Any, name: str, low: float | None = None, high: float 
         raise ConfigError(f"{type(instance).__name__}.{name} is {value!r}; expected a value {span}.")
 
 
+def at_least(name: str, value: int, low: int, owner: object) -> int:
+    """``value`` if it is an integer from ``low`` on; raises :class:`ConfigError` naming the owner's class."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{type(owner).__name__}.{name} is {value!r}; expected an integer of at least {low}.")
+    return value
+
+
+def check_sizes(owner: object, low: int = 1, **sizes: int | None) -> None:
+    """:func:`at_least` for several values; None is skipped."""
+    for name, size in sizes.items():
+        if size is not None:
+            at_least(name, size, low, owner)
+
+
 def _example(cls: type, name: str) -> str:
     return f'"{name}": {get_type_hints(cls)[name]}'.replace("<class '", "").replace("'>", "")
 

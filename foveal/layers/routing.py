@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from ..core.base_mask import EMPTY, FULL, BaseMask
 from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..core.layouts import Groups, KeySelection, Layout, block_mask
+from ..core.serial import check_sizes
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
 from ..patterns.clusters import cluster_band, flat_members, last_members
-from .channel.base import at_least
 from .kmeans import Centroids, assign, clustering_loss, nearest_tokens, normalise, update
 from .rotary import rotary, rotate
 
@@ -108,11 +108,8 @@ class RoutingAttention(nn.Module):
             raise ConfigError(
                 "RoutingAttention.mode is 'strict' with causal=False; expected mode='paper', which sees both sides."
             )
-        for name, size, low in (
-            ("dim", dim, 1), ("num_heads", num_heads, 1), ("local_heads", local_heads, 0), ("clusters", clusters, 1),
-            ("window", window, 1), ("local_block", local_block, 1),
-        ):  # fmt: skip
-            at_least(name, size, low, self)
+        check_sizes(self, dim=dim, num_heads=num_heads, clusters=clusters, window=window, local_block=local_block)
+        check_sizes(self, 0, local_heads=local_heads)
         for name, value, below in (
             ("count_offset", count_offset, math.inf),
             ("beta", beta, math.inf),

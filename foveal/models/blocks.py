@@ -14,9 +14,9 @@ from ..core.base_mask import BaseMask
 from ..core.context import SelectContext, Selection, State
 from ..core.density import Density, measure
 from ..core.errors import ConfigError, ShapeError, UnsupportedError
+from ..core.serial import check_sizes
 from ..kernels.call import AttentionCall
 from ..kernels.dispatch import compute
-from ..layers.channel.base import at_least
 from ..layers.rotary import check_rotary_heads, rotary, rotate
 from ..patterns import Pattern
 from ..patterns.dense import Dense
@@ -271,13 +271,6 @@ def initialise(model: nn.Module, depth: int, seed: int) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * std)
             elif name.endswith("bias"):
                 p.zero_()
-
-
-def check_sizes(owner: nn.Module, least: int = 1, **sizes: int | None) -> None:
-    """Raise :class:`ConfigError` unless every size is an integer of at least ``least``; None is skipped."""
-    for name, size in sizes.items():
-        if size is not None:
-            at_least(name, size, least, owner)
 
 
 def check_depth(memory: Memory, layers: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ShapeError
+from ..core.serial import check_sizes
 from .blocks import (
     AttentionFactory,
     Block,
@@ -19,7 +20,6 @@ from .blocks import (
     check_depth,
     check_ids,
     check_marks,
-    check_sizes,
     chosen,
     factory,
     initialise,

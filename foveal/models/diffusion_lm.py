@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
+from ..core.serial import check_sizes
 from .blocks import (
     AttentionFactory,
     Block,
@@ -21,7 +22,6 @@ from .blocks import (
     Pass,
     check_ids,
     check_marks,
-    check_sizes,
     chosen,
     factory,
     initialise,

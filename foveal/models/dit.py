@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..core.base_mask import BaseMask
 from ..core.context import State
 from ..core.errors import ConfigError, ShapeError
-from .blocks import AttentionFactory, Method, Mlp, Pass, check_ids, check_sizes, chosen, factory, initialise
+from ..core.serial import check_sizes
+from .blocks import AttentionFactory, Method, Mlp, Pass, check_ids, chosen, factory, initialise
 from .vit import coordinates
 
 OFFSET = 0.008

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..core.base_mask import BaseMask
 from ..core.errors import ShapeError
-from .blocks import AttentionFactory, Block, Method, Pass, check_sizes, chosen, factory, initialise
+from ..core.serial import check_sizes
+from .blocks import AttentionFactory, Block, Method, Pass, chosen, factory, initialise
 
 
 def coordinates(grid: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

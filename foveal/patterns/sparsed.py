@@ -91,14 +91,14 @@ class SparseD(Pattern):
         """
         if ctx.step is None:
             return self._layout(self.blocks(q, k, ctx), ctx), None
-        step_of(ctx, "sparsed")
+        step = step_of(ctx, "sparsed")
         shape = (*q.shape[:3], k.shape[2])
-        last = check_state(state, BlocksKept, "sparsed", self, ctx, ctx.step, shape)
+        last = check_state(state, BlocksKept, "sparsed", self, ctx, step, shape)
         blocks = None if last is None else last.blocks
-        if blocks is None and ctx.step >= self.last_dense:
+        if blocks is None and step >= self.last_dense:
             blocks = self.blocks(q, k, ctx)
-        state = BlocksKept(self, ctx.layer_index, ctx.step, shape, blocks, grid=ctx.grid)
-        return (None if ctx.step <= self.last_dense else self._layout(blocks, ctx)), state
+        state = BlocksKept(self, ctx.layer_index, step, shape, blocks, grid=ctx.grid)
+        return (None if step <= self.last_dense else self._layout(blocks, ctx)), state
 
     @torch.no_grad()
     def blocks(self, q: Tensor, k: Tensor, ctx: SelectContext) -> Tensor:

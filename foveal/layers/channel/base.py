@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, ShapeError, UnsupportedError, nearest
+from ...core.serial import at_least
 
 Gate = Literal["sigmoid", "hardsigmoid", "none"]
 Squeeze = Literal["mean", "l2"]
@@ -212,13 +213,6 @@ def gate_name(value: str, where: nn.Module) -> Gate:
     """A gate function's name, checked."""
     found: Gate = one_of("gate", value, tuple(_GATES), where)
     return found
-
-
-def at_least(name: str, value: int, low: int, where: nn.Module) -> int:
-    """``value`` if it is an integer from ``low`` on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{type(where).__name__}.{name} is {value!r}; expected an integer of at least {low}.")
-    return value
 
 
 def odd(value: int, where: nn.Module) -> int:
