@@ -152,6 +152,10 @@ def own_memberships(part: Sequence, b: int, heads: int, kv_heads: int, q_len: in
     length = part.block.shape[0] + 1
     ranked = part.block[part.order] * length + part.order  # keys of a block are in order, so this rises
     seen = torch.searchsorted(ranked, block * length + end) - part.edge[block]
+    alike = torch.zeros_like(block, dtype=torch.bool)  # pieces that see what the piece before them sees: one group
+    alike[1:] = (block.diff() == 0) & (seen.diff() == 0)
+    sizes = torch.zeros_like(sizes).index_add_(0, (~alike).cumsum(0) - 1, sizes)[: int((~alike).sum())]
+    block, seen = block[~alike], seen[~alike]
     head = torch.arange(heads, device=order.device)
     q_index = ((b * heads + head)[:, None] * q_len + part.first_row + order).flatten()
     kv = (b * kv_heads + head // (heads // kv_heads)) * kv_len + part.first_key

@@ -12,7 +12,7 @@
 
 namespace foveal::FOVEAL_VARIANT {
 
-constexpr long FEW_ROWS = 96;
+constexpr long FEW_ROWS = 128;
 constexpr long LEAST_PANELS = 4;  // that a task gets when keys are split
 
 template <class P>

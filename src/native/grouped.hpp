@@ -5,6 +5,8 @@
 // key head in order and joins each piece to what its rows have so far; otherwise every piece is a task of its own.
 #pragma once
 
+#include <algorithm>
+
 #include "listed.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
@@ -43,6 +45,12 @@ struct Pieces {
     }
     for (long o = owners; o > 0; o--) start[o] = start[o - 1];
     start[0] = 0;
+  }
+
+  long pairs(long owner) const {
+    long sum = 0;
+    for (long n = start[owner]; n < start[owner + 1]; n++) sum += piece[n].rows * (g.cu_k[piece[n].group + 1] - g.cu_k[piece[n].group]);
+    return sum;
   }
 
  private:
@@ -86,6 +94,7 @@ struct Grouped {
   Pieces pieces;
   char* scratch = nullptr;
   long scratch_bytes = 0;
+  long *turn = nullptr, *work = nullptr;  // key heads in the order in which they are begun, and how much each has to do
   float *sum_o = nullptr, *sum_most = nullptr, *sum_sum = nullptr;  // [splits][rows]: what a row has so far
 
   Grouped(const Problem& problem, int threads)
@@ -127,6 +136,8 @@ struct Grouped {
     Carve memory{at};
     pieces.take(memory);
     if (joint) {
+      turn = memory.take<long>(p.batch * p.kv_heads);
+      work = memory.take<long>(p.batch * p.kv_heads);
       sum_o = memory.take<float>(splits * all_rows * wide);
       sum_most = memory.take<float>(splits * all_rows);
       sum_sum = memory.take<float>(splits * all_rows);
@@ -137,6 +148,17 @@ struct Grouped {
     scratch = memory.take<char>(threads * scratch_bytes);
     return memory.at - at;
   }
+
+  // Those with the most work first, so that no thread waits long for the last one.
+  void fill() {
+    pieces.fill();
+    if (!joint) return;
+    const long owners = p.batch * p.kv_heads;
+    for (long i = 0; i < owners; i++) turn[i] = i, work[i] = pieces.pairs(owner_of(i));
+    std::stable_sort(turn, turn + owners, [this](long a, long b) { return work[a] > work[b]; });
+  }
+
+  long owner_of(long head) const { return g.per_head ? head : head / p.kv_heads; }
 
   // Keys of one key head as the panel in this slot.
   void pack(const Scratch& mine, long b, long kv, const std::int64_t* list, long count, long slot) const {
@@ -193,11 +215,11 @@ struct Grouped {
   // All pieces of one key head, or a share of them: those that follow each other, whose keys are often the same.
   void attend_in_turn(long index, int worker) const {
     [[maybe_unused]] const typename P::Session session;
-    const long split = index % splits, owner = index / splits, b = owner / p.kv_heads, kv = owner % p.kv_heads;
+    const long split = index % splits, head = turn[index / splits], b = head / p.kv_heads, kv = head % p.kv_heads;
     Scratch mine = scratch_of(worker);
     const long first = (b * p.heads + kv * group) * p.q_len, at = split * all_rows;
     for (long r = first; r < first + group * p.q_len; r++) sum_most[at + r] = -INF, sum_sum[at + r] = 0.0f;
-    const long of = g.per_head ? owner : b;
+    const long of = owner_of(head);
     const long begin = pieces.start[of], all = pieces.start[of + 1] - begin;
     for (long n = begin + all * split / splits; n < begin + all * (split + 1) / splits; n++)
       for (long h = kv * group; h < (g.per_head ? kv * group + 1 : (kv + 1) * group); h++) {
@@ -247,7 +269,7 @@ void grouped_as(const Problem& p, Pool& pool, int threads) {
   using G = Grouped<P>;
   G f(p, threads);
   f.lay_out(static_cast<char*>(pool.memory((std::size_t)f.lay_out(nullptr, threads))), threads);
-  f.pieces.fill();
+  f.fill();
   if (!f.joint) return pool.run(threads, f.tasks(), [](void* x, long i, int worker) { static_cast<G*>(x)->attend_one(i, worker); }, &f);
   pool.run(threads, f.tasks(), [](void* x, long i, int worker) { static_cast<G*>(x)->attend_in_turn(i, worker); }, &f);
   if (f.splits == 1) return;

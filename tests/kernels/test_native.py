@@ -180,6 +180,7 @@ SIZES = [
     (1, 2, 1, 95, 127, 64, 64),
     (1, 2, 2, 97, 129, 32, 80),
     (1, 3, 1, 128, 191, 33, 17),
+    (1, 2, 2, 127, 300, 64, 64),
     (1, 1, 1, 129, 257, 128, 128),
     (1, 2, 1, 7, 320, 256, 256),
     (1, 1, 1, 200, 70, 96, 192),
@@ -232,7 +233,7 @@ def test_few_rows_on_every_instruction_set(isa: str, sizes: tuple[int, ...], dty
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("block", [1, 16, 100])
+@pytest.mark.parametrize("block", [1, 16, 100, 130])
 @pytest.mark.parametrize("of_heads", [1, 2, 6])
 def test_lists_of_keys_on_every_instruction_set(isa: str, block: int, of_heads: int) -> None:
     sizes = (2, 6, 2, 210, 330, 64, 48)

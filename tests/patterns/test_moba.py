@@ -417,3 +417,13 @@ def test_a_policy_says_that_decoding_is_dense():
     rule = Rule(MoBA(8, 2), Dense())
     assert isinstance(rule.pattern(True), Dense) and isinstance(rule.pattern(False), MoBA)
     assert isinstance(Pattern.from_json(MoBA(8, 2).to_json()), MoBA)
+
+
+def test_rows_of_an_own_block_are_one_group_where_they_see_the_same_keys() -> None:
+    for causal, sizes, seen in ((False, [300], [300]), (True, [128, 128, 44], [128, 256, 300])):
+        base = BaseMask.build(600, 600, causal=causal)
+        (part,) = routed_blocks.sequences(base, lambda rank: rank // 300, ("blocks", causal))[0]
+        own = routed_blocks.own_memberships(part, 0, 2, 1, 600, 600)
+        assert torch.equal(own.q_index, torch.arange(1200))
+        assert own.q_sizes.tolist() == sizes * 4
+        assert own.k_sizes.tolist() == seen * 4
