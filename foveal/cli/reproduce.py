@@ -34,10 +34,10 @@ def reproduce(
     for one in claims:
         if not engine.obstacle(one):
             note(f"{one.id} …")
-        for outcome in engine.reproduce(slug, one.id, out=folder):
-            console.print(render(outcome))
-            if outcome.result is not None:
-                note(f"wrote {(folder or engine.CHECKOUT_RESULTS) / slug / (one.id + '.json')}")
+        outcome = engine.measured(one, out=folder, go_on=claim is None)
+        console.print(render(outcome))
+        if outcome.result is not None:
+            note(f"wrote {(folder or engine.CHECKOUT_RESULTS) / slug / (one.id + '.json')}")
 
 
 def render(outcome: Outcome) -> Group:

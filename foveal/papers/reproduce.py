@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError, nearest
+from ..core.errors import ConfigError, DataError, ModelError, nearest
 from .cards import CHECKOUT_RESULTS, Card, Claim, load_card
 
 Measure = Callable[..., dict[str, Any]]
@@ -91,19 +91,35 @@ def measure_of(claim: Claim) -> Measure:
         ) from error
 
 
-def reproduce(slug: str, claim_id: str | None = None, *, out: Path | None = None) -> Iterator[Outcome]:
-    """Measure claim after claim, yielding each outcome when it is there.
+def measured(claim: Claim, *, out: Path | None = None, go_on: bool = False) -> Outcome:
+    """Measure one claim; one that this machine cannot measure says why.
 
     Args:
-        slug: of the card. claim_id: one claim; default all. out: folder of result files; default the source checkout's.
+        out: folder of result files; default the source checkout's. go_on: a model or data that is not there is such a reason.
 
     Raises:
-        ConfigError: no such card, claim or function.
+        ConfigError: no such function. ModelError, DataError: what it needs is not there, unless ``go_on``.
+    """
+    why = obstacle(claim)
+    if why:
+        return Outcome(claim, why_not=why)
+    try:
+        return Outcome(claim, measure_of(claim)(out=out))
+    except (ModelError, DataError) as error:
+        if not go_on:
+            raise
+        return Outcome(claim, why_not=str(error))
+
+
+def reproduce(slug: str, claim_id: str | None = None, *, out: Path | None = None) -> Iterator[Outcome]:
+    """:func:`measured` of one claim, or of all of a card, which go on where a model or data is not there.
+
+    Raises:
+        ConfigError: no such card, claim or function. ModelError, DataError: what ``claim_id`` needs is not there.
     """
     _, claims = claims_of(slug, claim_id)
     for claim in claims:
-        why = obstacle(claim)
-        yield Outcome(claim, why_not=why) if why else Outcome(claim, measure_of(claim)(out=out))
+        yield measured(claim, out=out, go_on=claim_id is None)
 
 
 def stored(claim: Claim) -> Outcome:

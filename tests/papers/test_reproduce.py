@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.core.errors import ConfigError
+from foveal.core.errors import ConfigError, ModelError
 from foveal.papers import cards, load_card
 from foveal.papers.cards import VERDICTS, Claim
 from foveal.papers.measures import fna, gna
@@ -84,6 +84,28 @@ def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
     assert outcome.result is None and outcome.why_not and not list(tmp_path.iterdir())
     unwritten = next(c for card in cards().values() for c in card.claims if not c.measured_by and c.scale == "CPU")
     assert obstacle(unwritten) == "no measurement is written yet"
+
+
+def test_a_missing_model_stops_its_own_claim_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**_: Any) -> dict[str, Any]:
+        raise ModelError("no model here")
+
+    def there(*, out: Path | None) -> dict[str, Any]:
+        return {"verdict": "reproduced", "measured": {"ours": "all"}}
+
+    monkeypatch.setattr(fna, "measure_gemm", missing)
+    for name in ("measure_fused", "measure_memory", "measure_fused_gpu", "measure_backward_gpu", "measure_dense_gpu"):
+        monkeypatch.setattr(fna, name, there)
+    monkeypatch.setattr("foveal.papers.measures.fna_models.measure_throughput", there)
+    found = {outcome.claim.id: outcome for outcome in reproduce("fna", out=tmp_path)}
+    assert found["gemm-forward-fp16"].why_not == "no model here" and found["gemm-forward-fp16"].result is None
+    assert found["fused-fp32-forward"].verdict == found["linear-memory"].verdict == "reproduced"
+    shown = runner.invoke(app, ["reproduce", "fna", "--out", str(tmp_path)])
+    assert shown.exit_code == 0 and "not measured: no model here" in shown.stdout
+    with pytest.raises(ModelError, match="no model here"):
+        next(reproduce("fna", "gemm-forward-fp16", out=tmp_path))
+    alone = runner.invoke(app, ["reproduce", "fna", "--claim", "gemm-forward-fp16", "--out", str(tmp_path)])
+    assert alone.exit_code == 2 and "no model here" in alone.stderr
 
 
 def test_stored_results_are_read_without_measuring() -> None:
