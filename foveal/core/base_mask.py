@@ -87,17 +87,21 @@ class BaseMask:
             ShapeError: when ``segments`` or ``valid`` do not fit.
         """
         shift = (kv_len - q_len if causal else 0) if shift is None else int(shift)
-        own = torch.arange(shift, shift + q_len, device=device)  # key index of each row
-        lo = torch.zeros_like(own)
-        hi = torch.full_like(own, kv_len)
+        lo = torch.zeros(q_len, dtype=torch.long, device=device)
         if causal:
-            hi = (own + 1).clamp(0, kv_len)
+            hi = torch.arange(shift + 1, shift + q_len + 1, device=device)
+            if shift < 0 or shift + q_len > kv_len:
+                hi = hi.clamp(0, kv_len)
+        else:
+            hi = torch.full_like(lo, kv_len)
+        if window is not None or chunk is not None:
+            own = torch.arange(shift, shift + q_len, device=device)  # key index of each row
         if window is not None:
             lo = torch.maximum(lo, own - window + 1)
             if not causal:
                 hi = torch.minimum(hi, own + window)
         lo, hi = lo[None], hi[None]
-        rank = (torch.arange(kv_len, device=device) + kv_offset)[None]
+        rank = torch.arange(kv_offset, kv_offset + kv_len, device=device)[None]
         if chunk is not None:
             start = torch.zeros(1, dtype=torch.long, device=device) if chunk_start is None else chunk_start.to(device)
             absolute = own[None] + kv_offset - start[:, None]

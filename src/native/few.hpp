@@ -123,9 +123,9 @@ struct Few {
       std::uint64_t* bits = rows.bits + count;
       const Shows what = p.lists.index ? shows_listed(c, mine.list + start, here, bits, BLOCK_PANELS<P>) : shows(c, panel);
       bool wanted = what == Shows::all;
+      if (what == Shows::some && !p.lists.index) all_row_bits(c, panel, bits, BLOCK_PANELS<P>);
       for (long i = 0; what != Shows::nothing && i < c.per_head; i++) {
         if (what == Shows::all) bits[i * BLOCK_PANELS<P>] = ~std::uint64_t(0);
-        if (what == Shows::some && !p.lists.index) bits[i * BLOCK_PANELS<P>] = row_bits(c, i, panel);
         wanted = wanted || bits[i * BLOCK_PANELS<P>];
       }
       if (wanted) {

@@ -96,7 +96,7 @@ struct Forward {
       const Shows what = shows(chunk, panel);
       bool wanted = what == Shows::all;
       if (what == Shows::some) {
-        for (long r = 0; r < chunk.rows; r++) wanted = (rows.bits[r * BLOCK_PANELS<P> + count] = row_bits(chunk, r, panel)) || wanted;
+        wanted = all_row_bits(chunk, panel, rows.bits + count, BLOCK_PANELS<P>);
         cut_block = cut_block || wanted;
       } else if (wanted) {
         for (long r = 0; r < chunk.rows; r++) rows.bits[r * BLOCK_PANELS<P> + count] = ~std::uint64_t(0);

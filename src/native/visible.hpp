@@ -154,4 +154,15 @@ inline std::uint64_t row_bits(const Chunk& c, long r, long panel) {
   return bits;
 }
 
+// The bits of all rows, at bits[r · stride], and whether any is set. What only whole tiles and padding cut looks the same to every row.
+inline bool all_row_bits(const Chunk& c, long panel, std::uint64_t* bits, long stride) {
+  const Visible& v = c.problem->visible;
+  const long start = panel * PANEL, end = least(start + PANEL, c.problem->kv_len);
+  bool alike = !c.blind_rows && c.lo_most <= start && c.hi_least >= end;
+  for (long t = c.slot ? start / v.kv_tile : 0; c.slot && t < v.kv_tiles && t * v.kv_tile < end; t++) alike = alike && c.slot[t] < 0;
+  std::uint64_t any = 0;
+  for (long r = 0; r < c.per_head; r++) any |= bits[r * stride] = r && alike ? bits[0] : row_bits(c, r, panel);
+  return any;
+}
+
 }  // namespace foveal::FOVEAL_VARIANT
