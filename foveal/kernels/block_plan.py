@@ -18,6 +18,7 @@ from ..core.base_mask import FULL, PARTIAL, BaseMask, Predicate
 from ..core.errors import ShapeError
 from ..core.layouts import BlockMask, block_mask_kinds
 from .call import AttentionCall, relative_index
+from .prepared import prepared
 from .rows import Batch, Plan, split_rows
 
 DENSE_BLOCK = 128
@@ -82,13 +83,10 @@ def block_size(call: AttentionCall, mask: BlockMask | None) -> tuple[int, int]:
 def block_plan(call: AttentionCall, mask: BlockMask | None, budget: int) -> Plan:
     """The plan over q, k, v padded to whole tiles and flattened to rows; ``budget`` is in score elements per batch.
 
-    The last mask's tiles are remembered in ``call.base``: layers that share a mask and backward do not repeat the work.
+    Tiles are made once for a mask: layers that share it and backward do not repeat the work.
     """
-    memo = ("gather tiles", call.q.shape[0], call.q.shape[1], call.k.shape[1])
-    found = call.base.cache.get(memo)
-    if found is None or found[0] is not mask:
-        call.base.cache[memo] = found = (mask, _tiles(call, mask))
-    tiles: _Tiles = found[1]
+    name = ("gather tiles", call.q.shape[0], call.q.shape[1], call.k.shape[1])
+    tiles = prepared(call, mask, name, lambda: _tiles(call, mask))
     reads = sum((whole + cut) * (end - start) for whole, cut, start, end in tiles.runs) * tiles.size[1]
     covers = sum(end - start for *_, start, end in tiles.runs) == tiles.u.numel()
     return Plan(lambda: _batches(call, tiles, budget), *tiles.size, key_reads=reads, covers=covers)

@@ -7,6 +7,8 @@ import importlib
 import math
 import warnings
 import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -20,6 +22,7 @@ from ..core.layouts import BlockMask, Groups, KeySelection, Layout
 from . import flex, gather, native, reference, sdpa
 from .call import AttentionCall
 from .merge import add_sink
+from .prepared import is_plain_tensor
 
 if TYPE_CHECKING:
     from ..patterns.base import Pattern
@@ -336,6 +339,25 @@ _validated: weakref.WeakKeyDictionary[KeySelection | Groups, set[tuple[int, ...]
 """Sizes for which a layout was found right: layers and steps share layouts, and the tensors of one never change."""
 
 
+_static: OrderedDict[Hashable, Layout | None] = OrderedDict()
+"""Layouts of static patterns, the last ``MOST_STATIC`` that were asked for."""
+MOST_STATIC = 16
+
+
+def _selected(pattern: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
+    """What a pattern selects without a state; a static one is asked once for every size."""
+    ctx = SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0))
+    if not getattr(pattern, "static", False) or torch.compiler.is_compiling() or not is_plain_tensor(q):
+        return pattern.select(q, k, ctx, None)[0]
+    key = (type(pattern), pattern, base.key(), q.shape[:2], k.shape[1], torch.is_inference_mode_enabled())
+    if key not in _static:
+        _static[key] = pattern.select(q, k, ctx, None)[0]
+        while len(_static) > MOST_STATIC:
+            _static.popitem(last=False)
+    _static.move_to_end(key)
+    return _static[key]
+
+
 def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
     if mask is None:
         return None
@@ -355,8 +377,7 @@ def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> La
             fits.add(sizes)
         return mask
     if hasattr(mask, "select") and not isinstance(mask, Tensor):
-        layout, _ = mask.select(q, k, SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0)), None)
-        return layout
+        return _selected(mask, q, k, base, scale)
     raise ShapeError(
         f"mask is a {type(mask).__name__}; expected a Pattern, BlockMask, KeySelection, Groups or None. "
         "A dense boolean mask has no sparse layout: use torch's scaled_dot_product_attention for it."

@@ -2,7 +2,7 @@
 //
 // A piece is up to 96 rows of one group. Its rows and keys are gathered by their positions while they are packed, so that
 // nothing is padded, sorted or copied in memory. Where a row may be in several groups, one task walks through all groups of a
-// key head in order and joins each piece to what its rows have so far; otherwise every piece is a task of its own.
+// key head in order and joins each piece to what its rows have so far; otherwise a task is a piece, or a few of a group.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 namespace foveal::FOVEAL_VARIANT {
 
 constexpr long PIECE_ROWS = 96;
+constexpr long TASK_PIECES = 4;  // of one group that share what is packed, where there are tasks enough
 
 // Groups cut into pieces, in an order in which the pieces of one key head follow each other.
 struct Pieces {
@@ -90,6 +91,7 @@ struct Grouped {
   const bool joint;             // rows may be in several groups
   const long copies, group;     // heads that share a piece; query heads per key head
   const long steps, wide, all_rows;
+  const long task_rows;
   long splits = 1;
   Pieces pieces;
   char* scratch = nullptr;
@@ -106,7 +108,8 @@ struct Grouped {
         steps(steps_of<P>(p.dim)),
         wide(padded(p.dim_v)),
         all_rows(p.batch * p.heads * p.q_len),
-        pieces(p, PIECE_ROWS) {
+        task_rows(joint || Pieces(p, TASK_PIECES * PIECE_ROWS).count * copies < 8 * threads ? PIECE_ROWS : TASK_PIECES * PIECE_ROWS),
+        pieces(p, task_rows) {
     if (joint) splits = copies_for(p.batch * p.kv_heads, 2 * threads, threads);
   }
 
@@ -168,15 +171,15 @@ struct Grouped {
                  reinterpret_cast<float*>(mine.temp));
   }
 
-  // The rows of a piece over all keys of its group.
-  Chunk attend(const Pieces::Piece& piece, long h, Scratch& mine) const {
+  // The rows of a piece over all keys of its group; `several` of them may follow each other.
+  Chunk attend(const Pieces::Piece& piece, long h, Scratch& mine, bool several) const {
     const Softmax<P>& rows = mine.rows;
     const Chunk c = chunk_of_piece(p, piece, h, mine.lo, mine.hi);
     const long kv = kv_of_piece(p, piece, h);
     const std::int64_t* list = g.keys + g.cu_k[piece.group];
     const long listed = g.cu_k[piece.group + 1] - g.cu_k[piece.group];
     const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, HELD_PANELS * PANEL};
-    const bool all_at_once = joint && listed <= HELD_PANELS * PANEL;
+    const bool all_at_once = several && listed <= HELD_PANELS * PANEL;
     if (all_at_once && (mine.held != piece.group || mine.held_of != kv)) {
       for (long start = 0; start < listed; start += PANEL) pack(mine, c.b, kv, list + start, least(PANEL, listed - start), start / PANEL);
       mine.held = piece.group;
@@ -209,7 +212,11 @@ struct Grouped {
   void attend_one(long index, int worker) const {
     [[maybe_unused]] const typename P::Session session;
     Scratch mine = scratch_of(worker);
-    mine.rows.finish(attend(pieces.piece[index / copies], index % copies, mine));
+    const Pieces::Piece& all = pieces.piece[index / copies];
+    for (long r = 0; r < all.rows; r += PIECE_ROWS) {
+      const Pieces::Piece piece{all.group, all.first + r, least(PIECE_ROWS, all.rows - r)};
+      mine.rows.finish(attend(piece, index % copies, mine, all.rows > PIECE_ROWS));
+    }
   }
 
   // All pieces of one key head, or a share of them: those that follow each other, whose keys are often the same.
@@ -223,7 +230,7 @@ struct Grouped {
     const long begin = pieces.start[of], all = pieces.start[of + 1] - begin;
     for (long n = begin + all * split / splits; n < begin + all * (split + 1) / splits; n++)
       for (long h = kv * group; h < (g.per_head ? kv * group + 1 : (kv + 1) * group); h++) {
-        const Chunk c = attend(pieces.piece[n], h, mine);
+        const Chunk c = attend(pieces.piece[n], h, mine, true);
         for (long r = 0; r < c.rows; r++) join(at + b * p.heads * p.q_len + query_of(c, r), mine.rows.o + r * wide, mine.rows.most_seen[r], mine.rows.sum[r]);
       }
     const long panels = ceil_div(p.q_len, PANEL);

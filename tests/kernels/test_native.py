@@ -274,6 +274,28 @@ def test_joint_groups_longer_and_shorter_than_what_is_packed_at_once(isa: str) -
         check(random_call(18, (1, 4, 2, 200, 700, 64, 64), groups), dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_groups_that_leave_rows_without_keys(threads: int) -> None:
+    """Rows of no group, and rows of a group that has no keys, are zero; where every row has keys nothing is cleared beforehand."""
+    torch.set_num_threads(threads)
+    rows, keys = torch.randperm(500, generator=torch.Generator().manual_seed(0)), torch.arange(300)
+
+    def groups(row_bounds: list[int], key_bounds: list[int]) -> Groups:
+        return Groups(
+            rows[: row_bounds[-1]], torch.tensor(row_bounds), keys[: key_bounds[-1]], torch.tensor(key_bounds)
+        )
+
+    for layout in (
+        groups([0, 30, 470, 500], [0, 200, 230, 300]),
+        groups([0, 30, 470, 499], [0, 200, 230, 300]),
+        groups([0, 30, 470, 500], [0, 200, 200, 300]),
+    ):
+        call = random_call(19, (1, 4, 2, 500, 300, 64, 64), layout, causal=False)
+        check(call, torch.float32)
+        check_gradients(call, torch.float32)
+    torch.set_num_threads(1)
+
+
 def disjoint_groups(make: torch.Generator, sizes: tuple[int, ...], count: int, per_head: bool) -> Groups:
     """Every query in exactly one group of its head, in no order; keys in any."""
     batch, heads, kv_heads, q_len, kv_len = sizes

@@ -74,10 +74,10 @@ def attend_with_entropy(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         UnsupportedError: for ``Groups`` in which a query is in several groups.
     """
     from .ops import attention_entropy
-    from .plan import ONE
+    from .plan import EVERY, ONE
 
     arguments, counts = _arguments(call)
-    if counts and counts[-1] != ONE:
+    if counts and counts[-1] not in (ONE, EVERY):
         raise UnsupportedError(
             "the entropy of a query in several groups is not computed: its weights are never together. Use a KeySelection or a BlockMask."
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...core.errors import UnsupportedError
 from . import TYPES, _native
-from .plan import APART, SOFTMAX
+from .plan import APART, EVERY, ONE
 
 _ARGUMENTS = (
     "(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? valid, Tensor? kinds, Tensor? slot, Tensor? table, "
@@ -68,7 +68,7 @@ def _groups(members: Tensor | None, counts: list[int]) -> tuple[int, ...] | None
     for length in (rows, groups + 1, keys, groups + 1, groups, groups):
         parts.append(at)
         at += 8 * length
-    return (*parts, groups, rows, keys, bool(per_head), combine)
+    return (*parts, groups, rows, keys, bool(per_head), ONE if combine == EVERY else combine)
 
 
 def _nothing(out: Tensor, k: Tensor, index: Tensor | None, members: Tensor | None, counts: list[int]) -> bool:
@@ -94,7 +94,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     if _nothing(out, k, index, members, counts):
         return out.zero_(), lse.fill_(-torch.inf), entropy
-    if members is not None and counts[4] != SOFTMAX:  # rows that no group holds are not visited
+    if members is not None and counts[4] in (ONE, APART):  # rows that no group holds are not visited
         out.zero_(), lse.fill_(-torch.inf)
     _native.forward(
         _sizes(q, k, v), _strided(q), _strided(k), _strided(v), out.data_ptr(), lse.data_ptr(),

@@ -19,10 +19,11 @@ from ...core.errors import ShapeError
 from ...core.layouts import BlockMask, Groups, KeySelection
 from ..block_plan import reads
 from ..call import AttentionCall
+from ..prepared import prepared
 
 BLOCK = 128
-ONE, SOFTMAX, APART = 0, 1, 2
-"""A row in several groups cannot be, has one softmax over all of them, has an output for each."""
+ONE, SOFTMAX, APART, EVERY = 0, 1, 2, 3
+"""A row in several groups cannot be, has one softmax over all of them, has an output for each; every row is in one, with keys."""
 CHUNK = 1 << 22
 """Pairs of a condition that are evaluated at once."""
 
@@ -42,7 +43,7 @@ class Visible:
         members: ``Groups`` as one int64 tensor: rows of all groups, their bounds, keys, their bounds, batch row of each
             group, key head of each group; or None.
         counts: groups, rows and keys in all of them, whether rows count on over the heads, and how a row's groups are
-            combined (``ONE``, ``SOFTMAX``, ``APART``); empty without groups.
+            combined (``ONE``, ``SOFTMAX``, ``APART``, ``EVERY``); empty without groups.
     """
 
     lo: Tensor
@@ -58,18 +59,15 @@ class Visible:
 
 
 def visible(call: AttentionCall) -> Visible:
-    """The arguments for a call; the last mask's are remembered in ``call.base``, because layers share masks."""
+    """The arguments for a call, made once for a mask."""
     base, mask = call.base, call.layout
     if isinstance(mask, KeySelection):
         return _listed(base, mask)
     if isinstance(mask, Groups):
         return _grouped(call, mask)
     assert mask is None or isinstance(mask, BlockMask)
-    memo = ("native", call.q.shape[0], call.q.shape[1])
-    found = base.cache.get(memo)
-    if found is None or found[0] is not mask:
-        base.cache[memo] = found = (mask, _visible(call, base, mask))
-    return found[1]
+    name = ("native", call.q.shape[0], call.q.shape[1])
+    return prepared(call, mask, name, lambda: _visible(call, base, mask))
 
 
 def _listed(base: BaseMask, lists: KeySelection) -> Visible:
@@ -83,7 +81,7 @@ def _grouped(call: AttentionCall, groups: Groups) -> Visible:
     heads, q_len = call.q.shape[1:3]
     kv_heads, kv_len = call.k.shape[1:3]
     known = _members.setdefault(groups, {})
-    sizes = (heads, kv_heads, q_len, kv_len)
+    sizes = (call.q.shape[0], heads, kv_heads, q_len, kv_len)
     if sizes not in known:
         known[sizes] = _member_tensor(groups, *sizes)
     members, counts = known[sizes]
@@ -99,12 +97,14 @@ _members: weakref.WeakKeyDictionary[Groups, dict[tuple[int, ...], tuple[Tensor, 
 
 
 def _member_tensor(
-    groups: Groups, heads: int, kv_heads: int, q_len: int, kv_len: int
+    groups: Groups, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     sizes = groups.cu_q.numel() - 1, groups.q_index.numel(), groups.k_index.numel()
     often = int(groups.q_index.bincount().max()) > 1 if groups.q_index.numel() else False
-    combine = (SOFTMAX if groups.combine == "softmax" else APART) if often else ONE
     per_row = q_len * heads if groups.per_head else q_len
+    keyless = bool(((groups.cu_q.diff() > 0) & (groups.cu_k.diff() == 0)).any())
+    alone = EVERY if sizes[1] == batch * per_row and not keyless else ONE
+    combine = (SOFTMAX if groups.combine == "softmax" else APART) if often else alone
     owner = torch.zeros(sizes[0], dtype=torch.int64)  # batch row, or key head of all batch rows, of a group with rows
     some = groups.cu_q.diff() > 0
     owner[some] = torch.div(groups.q_index[groups.cu_q[:-1][some]], q_len, rounding_mode="floor")

@@ -1,0 +1,152 @@
+"""What is made for a mask or a static pattern is made once, never for other lengths, and dies with the mask."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+import foveal
+from foveal.core.base_mask import BaseMask
+from foveal.core.budget import Budget
+from foveal.core.context import SelectContext
+from foveal.kernels import block_plan, dispatch, native, prepared
+from foveal.patterns import BlockTopK, Disc, Neighborhood, SlidingWindow
+from tests.support import assert_close
+
+IMPLS = ["gather", *(["native"] if native.unavailable() is None else [])]
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> None:
+    dispatch._static.clear()
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def made(impl: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry for every time that a kernel prepared a mask."""
+    found: list[Any] = []
+    if impl == "gather":
+        real = block_plan._tiles
+        monkeypatch.setattr(block_plan, "_tiles", lambda *a: found.append(1) or real(*a))
+    else:
+        from foveal.kernels.native import plan
+
+        before = plan._visible
+        monkeypatch.setattr(plan, "_visible", lambda *a: found.append(1) or before(*a))
+    return found
+
+
+def tensors(length: int = 256, heads: int = 2, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, batch, heads, length, 16, generator=torch.Generator().manual_seed(length)).unbind()
+    return q, k, v
+
+
+def layout(pattern: Any, length: int = 256, causal: bool = False) -> Any:
+    q, k, _ = tensors(length)
+    return pattern.select(q, k, SelectContext(BaseMask.build(length, length, causal=causal)))[0]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
+    return foveal.attention(q.double(), k.double(), v.double(), mask, impl="reference", **options)
+
+
+def test_layers_and_calls_share_what_was_made(impl: str, made: list[Any]) -> None:
+    q, k, v = tensors()
+    mask = layout(Disc(3, (16, 16)))
+    for _ in range(3):
+        assert_close(foveal.attention(q, k, v, mask, impl=impl), exact(q, k, v, mask), 1e-5)
+    assert len(made) == 1
+    other = layout(Disc(4, (16, 16)))
+    assert_close(foveal.attention(q, k, v, other, impl=impl), exact(q, k, v, other), 1e-5)
+    assert len(made) == 2
+
+
+def test_other_surroundings_are_prepared_for_themselves(impl: str, made: list[Any]) -> None:
+    mask = layout(SlidingWindow(64, 2, block=32), causal=True)
+    for count, (batch, heads, causal) in enumerate([(1, 2, True), (1, 2, False), (2, 2, True), (1, 4, True)], 1):
+        q, k, v = tensors(heads=heads, batch=batch)
+        for _ in range(2):
+            got = foveal.attention(q, k, v, mask, causal=causal, impl=impl)
+            assert_close(got, exact(q, k, v, mask, causal=causal), 1e-5)
+        assert len(made) == count
+
+
+def test_a_mask_takes_what_was_made_with_it(impl: str, made: list[Any]) -> None:
+    q, k, v = tensors()
+    mask = layout(Disc(3, (16, 16)))
+    foveal.attention(q, k, v, mask, impl=impl)
+    gone, before = weakref.ref(mask), len(prepared._kept)
+    del mask
+    gc.collect()
+    assert gone() is None and len(prepared._kept) == before - 1
+
+
+def test_a_condition_of_the_users_own_may_change(impl: str, made: list[Any]) -> None:
+    """Its tensors are not foveal's to trust: it is asked in every call."""
+    q, k, v = tensors()
+    offset = torch.tensor(100)
+    mask = create_block_mask(lambda b, h, i, j: j <= i + offset - 100, None, None, 256, 256, device="cpu")
+    first = foveal.attention(q, k, v, mask, impl=impl)
+    offset.fill_(60)
+    second = foveal.attention(q, k, v, mask, impl=impl)
+    assert len(made) == 2 and not torch.equal(first, second)
+    assert_close(second, exact(q, k, v, mask), 1e-5)
+
+
+@pytest.mark.parametrize("shared", ["pattern", "mask"])
+def test_what_is_made_in_inference_mode_is_not_used_for_training(impl: str, made: list[Any], shared: str) -> None:
+    q, k, v = tensors()
+    what = Disc(3, (16, 16)) if shared == "pattern" else layout(Disc(3, (16, 16)))
+    with torch.inference_mode():
+        foveal.attention(q, k, v, what, impl=impl)
+    q.requires_grad_()
+    foveal.attention(q, k, v, what, impl=impl).sum().backward()
+    assert q.grad is not None and len(made) == 2
+
+
+def test_a_static_pattern_is_asked_once_for_every_size(
+    impl: str, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = Disc.select
+
+    def select(self: Disc, q: Tensor, *rest: Any) -> Any:
+        asked.append(q.shape[2])
+        return real(self, q, *rest)
+
+    monkeypatch.setattr(Disc, "select", select)
+    for length, grid in ((256, (16, 16)), (64, (8, 8)), (256, (16, 16))):
+        q, k, v = tensors(length)
+        for pattern in (Disc(3, grid), Disc(3, grid)):  # equal patterns are one
+            assert_close(foveal.attention(q, k, v, pattern, impl=impl), exact(q, k, v, pattern), 1e-5)
+    assert asked == [256, 64] and len(made) == 2
+    monkeypatch.setattr(dispatch, "MOST_STATIC", 1)
+    foveal.attention(*tensors(64), Disc(2, (8, 8)), impl=impl)
+    assert len(dispatch._static) == 1, "the oldest are forgotten"
+
+
+def test_patterns_that_read_content_are_asked_in_every_call(impl: str, made: list[Any]) -> None:
+    pattern = BlockTopK(Budget(tokens=64), kv_block=16, q_block=16)
+    q, k, v = tensors()
+    foveal.attention(q, k, v, pattern, causal=True, impl=impl)
+    foveal.attention(-q, k, v, pattern, causal=True, impl=impl)
+    assert len(made) == 2 and not dispatch._static
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_groups_depend_on_the_batch(window: int) -> None:
+    pattern = Neighborhood((8, 8), window, stride=3)
+    for batch in (1, 2):
+        q, k, v = tensors(64, batch=batch)
+        assert_close(foveal.attention(q, k, v, pattern), exact(q, k, v, pattern), 1e-5)
