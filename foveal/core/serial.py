@@ -17,6 +17,16 @@ from .errors import ConfigError, nearest
 T = TypeVar("T")
 
 
+_known: dict[type[Any], dict[str, Any]] = {}
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """The declared types of a class's fields; reading them takes longer than checking them."""
+    if cls not in _known:
+        _known[cls] = get_type_hints(cls)
+    return _known[cls]
+
+
 def to_json(value: Any) -> Any:
     """Turn a dataclass instance into JSON values, leaving out fields that hold their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -44,7 +54,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} is {data!r}; expected an object with the fields of {cls.__name__}.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for key in data:
         if key not in fields:
             raise ConfigError(f"{where} has an unknown field {key!r}. {nearest(key, fields)}")
@@ -64,7 +74,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
 def check_types(instance: Any) -> None:
     """Call from ``__post_init__``: raise :class:`ConfigError` when a field holds a value of another type than declared."""
     cls = type(instance)
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for f in dataclasses.fields(instance):
         value = getattr(instance, f.name)
         fixed = _coerce(value, hints[f.name], f"{cls.__name__}.{f.name}")

@@ -48,4 +48,8 @@ def _key(call: AttentionCall, mask: BlockMask | None) -> Hashable:
     mod, lengths = mask.mask_mod, call.base.key()
     if lengths is None or not (mod is noop_mask or getattr(mod, "__module__", "").startswith("foveal.")):
         return None
-    return lengths, mod, torch.is_inference_mode_enabled()  # what is made in inference mode cannot be saved for backward
+    return (
+        lengths,
+        mod,
+        torch.is_inference_mode_enabled(),
+    )  # what is made in inference mode cannot be saved for backward

@@ -7,6 +7,7 @@ evaluated until a cut tile is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,31 +70,51 @@ def near_layout(q: Places, k: Places, limit: int, block: int = BLOCK) -> BlockMa
 
 
 def tile_kinds(q: Places, k: Places, limit: int, block: int) -> Tensor:
-    """``(q blocks, key blocks)`` int8 of EMPTY, PARTIAL, FULL, all three exact."""
+    """``(q blocks, key blocks)`` int8 of EMPTY, PARTIAL, FULL, all three exact.
+
+    The boxes around two blocks decide most pairs; of the others runs are compared.
+    """
     rows, cols = _runs(q, block), _runs(k, block)
-    per_row = cols.y.numel() * rows.y.shape[1]
-    parts = []
-    for some in torch.arange(rows.y.shape[0], device=q.y.device).split(max(1, _PAIRS // max(per_row, 1))):
-        y, first, last, real = (t[some, None] for t in (rows.y, rows.first, rows.last, rows.real))
-        a = _Runs(y, first, last, real, rows.text[some])
-        parts.append(_kinds(a, cols, limit))
-    return torch.cat(parts)
+    kinds = torch.empty(rows.y.shape[0], cols.y.shape[0], dtype=torch.int8, device=q.y.device)
+    around = _boxes(cols)
+    for part in torch.arange(kinds.shape[0], device=q.y.device).split(max(1, _PAIRS // max(kinds.shape[1], 1))):
+        near, far = _apart([x[part, None] for x in _boxes(rows)], around)
+        text = rows.text[part, None] | cols.text
+        kinds[part] = torch.where(
+            text | ((near < limit) & (far >= limit)), PARTIAL, (near < limit).to(torch.int8) * FULL
+        )
+    u, t = (kinds == PARTIAL).nonzero().unbind(1)
+    per_pair = rows.y.shape[1] * cols.y.shape[1]
+    for some in torch.arange(u.numel(), device=u.device).split(max(1, _PAIRS // per_pair)):
+        kinds[u[some], t[some]] = _kinds(rows, cols, u[some], t[some], limit)
+    return kinds
 
 
-def _kinds(a: _Runs, b: _Runs, limit: int) -> Tensor:
-    """Tile kinds of query blocks ``a`` (runs ``(n, 1, R)``) with key blocks ``b`` (runs ``(m, S)``)."""
-    ay, a0, a1, a_real = (t[..., None] for t in (a.y, a.first, a.last, a.real))  # (n, 1, R, 1)
-    by, b0, b1, b_real = (t[None, :, None] for t in (b.y, b.first, b.last, b.real))  # (1, m, 1, S)
-    down = ay - by
-    down *= down  # integers are slow to raise to a power
-    gap = torch.maximum(b0 - a1, a0 - b1).clamp_(min=0)
-    gap *= gap
-    reach = torch.maximum(b1 - a0, a1 - b0)
-    reach *= reach
+def _boxes(runs: _Runs) -> list[Tensor]:
+    """Top, bottom, left and right of every block, ``(blocks,)`` each; of one without runs, nothing that counts."""
+    y, first, last = (torch.where(runs.real, x, x[:, :1]) for x in (runs.y, runs.first, runs.last))
+    return [y.amin(1), y.amax(1), first.amin(1), last.amax(1)]
+
+
+def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Squared distances of the nearest and of the farthest places of two boxes of top, bottom, left and right."""
+    near = far = torch.zeros((), dtype=a[0].dtype, device=a[0].device)
+    for axis in (0, 2):
+        gap = torch.maximum(b[axis] - a[axis + 1], a[axis] - b[axis + 1]).clamp_(min=0)
+        reach = torch.maximum(b[axis + 1] - a[axis], a[axis + 1] - b[axis])
+        near, far = near + gap * gap, far + reach * reach
+    return near, far
+
+
+def _kinds(rows: _Runs, cols: _Runs, u: Tensor, t: Tensor, limit: int) -> Tensor:
+    """Kinds of the tiles ``(u[i], t[i])``, from their runs."""
+    ay, a0, a1, a_real = (x[u, :, None] for x in (rows.y, rows.first, rows.last, rows.real))
+    by, b0, b1, b_real = (x[t, None] for x in (cols.y, cols.first, cols.last, cols.real))
+    near, far = _apart([ay, ay, a0, a1], [by, by, b0, b1])
     real = a_real & b_real
-    nearest = torch.where(real, gap.add_(down), _FAR).flatten(2).amin(-1)
-    farthest = torch.where(real, reach.add_(down), -1).flatten(2).amax(-1)
-    touches = (nearest < limit) | a.text[:, None] | b.text[None]
+    nearest = torch.where(real, near, _FAR).flatten(1).amin(1)
+    farthest = torch.where(real, far, -1).flatten(1).amax(1)
+    touches = (nearest < limit) | rows.text[u] | cols.text[t]
     kinds = touches.to(torch.int8) * PARTIAL
     kinds[touches & (farthest < limit)] = FULL
     return kinds
