@@ -119,6 +119,27 @@ def test_patterns_dynamic(tmp_path: Path) -> None:
     assert all(row["met"] == (row["times"] <= 8) for name, row in data["memory"].items() if name != "token_topk")
 
 
+def test_patterns_static(tmp_path: Path) -> None:
+    options = ("--lengths", "1024", "--repeats", "1", "--no-flex")
+    rows = script("patterns_static.py", tmp_path / "r.json", *options)["lengths"]["1024"]
+    names = rows.keys() - {"sdpa causal", "sdpa full"}
+    assert {
+        "sliding_window",
+        "triangle",
+        "neighborhood_2d",
+        "neighborhood_2d_blocked",
+        "disc_r8",
+        "frame_band",
+    } <= names
+    for name in names:
+        row = rows[name]
+        assert row["building"]["met"] == (row["building"]["share"] <= 0.2)
+        assert row["gather"]["target"] == pytest.approx(0.6 / row["tile_density"], rel=1e-3)
+        assert row["gather"]["met"] == (row["gather"]["over_sdpa"]["median"] >= row["gather"]["target"])
+        if missing("native") is None:
+            assert row["error"] < 1e-5 and row["native"]["first"] > 0
+
+
 def test_selective_scan_speed(tmp_path: Path) -> None:
     options = ("--scale", "0.1", "--repeats", "1", "--cases", "mambattention_frequency_row")
     row = script("selective_scan_speed.py", tmp_path / "r.json", *options)["cases"]["mambattention_frequency_row"]
