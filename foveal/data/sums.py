@@ -10,7 +10,7 @@ import torch
 from ..core.errors import ConfigError
 
 ASK = "Work out {terms} step by step, one operation at a time. End with a line that says 'Answer: ' and the result."
-_ANSWER = re.compile(r"answer[^\d\-−]{0,20}([-−]?\d[\d,]*)", re.IGNORECASE)
+_ANSWER = re.compile(r"answer[^\d-]{0,20}(-?[ $]?\d+(?:,\d{3})*)(?![\d.]*\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Sum:
 
     def right(self, text: str) -> bool:
         """Whether the last thing that ``text`` calls its answer is the result."""
-        found = _ANSWER.findall(text)
-        return bool(found) and int(found[-1].replace(",", "").replace("−", "-")) == self.answer
+        plain = re.sub("[−–]", "-", text.replace("{,}", ","))
+        found = _ANSWER.findall(plain)
+        return bool(found) and int(re.sub("[, $]", "", found[-1])) == self.answer
 
 
 def sums(count: int, terms: int, generator: torch.Generator, *, most: int = 999) -> list[Sum]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -22,7 +23,7 @@ from ..core.layouts import BlockMask, Groups, KeySelection, Layout
 from . import flex, gather, native, reference, sdpa
 from .call import AttentionCall
 from .merge import add_sink
-from .prepared import is_plain_tensor
+from .prepared import keeps
 
 if TYPE_CHECKING:
     from ..patterns.base import Pattern
@@ -339,23 +340,39 @@ _validated: weakref.WeakKeyDictionary[KeySelection | Groups, set[tuple[int, ...]
 """Sizes for which a layout was found right: layers and steps share layouts, and the tensors of one never change."""
 
 
-_static: OrderedDict[Hashable, Layout | None] = OrderedDict()
+_static: OrderedDict[Hashable, Any] = OrderedDict()
 """Layouts of static patterns, the last ``MOST_STATIC`` that were asked for."""
-MOST_STATIC = 16
+MOST_STATIC = 8
+_MISSING = object()
 
 
 def _selected(pattern: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
     """What a pattern selects without a state; a static one is asked once for every size."""
     ctx = SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0))
-    if not getattr(pattern, "static", False) or torch.compiler.is_compiling() or not is_plain_tensor(q):
-        return pattern.select(q, k, ctx, None)[0]
     key = (type(pattern), pattern, base.key(), q.shape[:2], k.shape[1], torch.is_inference_mode_enabled())
-    if key not in _static:
-        _static[key] = pattern.select(q, k, ctx, None)[0]
-        while len(_static) > MOST_STATIC:
+    if not (_may_keep(pattern) and keeps(q) and keeps(base.lo)):
+        return pattern.select(q, k, ctx, None)[0]
+    found = _static.pop(key, _MISSING)
+    if found is _MISSING:
+        found = pattern.select(q, k, ctx, None)[0]
+    _static[key] = found
+    while len(_static) > MOST_STATIC:
+        with contextlib.suppress(KeyError):  # another thread was faster
             _static.popitem(last=False)
-    _static.move_to_end(key)
-    return _static[key]
+    return found
+
+
+def _may_keep(pattern: Any) -> bool:
+    """Whether a pattern is static, never changes, and can be looked up by its value."""
+    if not getattr(pattern, "static", False) or torch.compiler.is_compiling():
+        return False
+    if not getattr(getattr(type(pattern), "__dataclass_params__", None), "frozen", False):
+        return False
+    try:
+        hash(pattern)
+    except TypeError:
+        return False
+    return True
 
 
 def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:

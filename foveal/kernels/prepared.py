@@ -14,42 +14,59 @@ from torch.nn.parameter import Parameter
 from .call import AttentionCall
 
 T = TypeVar("T")
-_kept: weakref.WeakKeyDictionary[BlockMask, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
-"""For as long as the mask lives; what is kept must not hold the mask itself."""
+_kept: weakref.WeakKeyDictionary[BlockMask, dict[Hashable, tuple[list[Tensor], list[int], Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The lists of a mask, their versions and what was made from them, as long as the mask lives; nothing in it may hold the mask."""
+MOST = 4
+"""Preparations of one mask: other kernels, other numbers of heads."""
 
 
 def prepared(call: AttentionCall, mask: BlockMask | None, name: tuple[Hashable, ...], make: Callable[[], T]) -> T:
     """``make()``, or what it made before for this mask, name and base mask.
 
-    Kept with the mask where it is one of foveal's own, whose tensors never change, and the base mask follows from lengths alone; else
-    with ``call.base``, which remembers its last mask.
+    Kept with the mask where its condition is one of foveal's own, whose tensors never change, and the base mask follows from lengths
+    alone; else with ``call.base``, which remembers its last mask. Lists that were changed since are read again.
     """
     key = _key(call, mask)
-    if mask is not None and key is not None:
-        kept = _kept.setdefault(mask, {})
-        if (name, key) not in kept:
-            kept[name, key] = make()
-        return kept[name, key]
-    found = call.base.cache.get(name)
-    if found is None or found[0] is not mask:
-        call.base.cache[name] = found = (mask, make())
-    return found[1]
+    if mask is None or key is None:
+        found = call.base.cache.get(name)
+        if found is None or found[0] is not mask:
+            call.base.cache[name] = found = (mask, make())
+        return found[1]
+    kept, lists = _kept.setdefault(mask, {}), _lists(mask)
+    versions = [0 if x.is_inference() else x._version for x in lists]
+    known = kept.get((name, key))
+    if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], lists, strict=True)):
+        kept.pop((name, key), None)
+        while len(kept) >= MOST:
+            kept.pop(next(iter(kept)), None)
+        kept[name, key] = known = (lists, versions, make())
+    return known[2]
 
 
-def is_plain_tensor(x: Tensor) -> bool:
+def keeps(x: Tensor) -> bool:
     """Whether what is made beside ``x`` holds numbers that may be kept: of a subclass, such as a fake tensor, it may not."""
     return type(x) in (Tensor, Parameter)
 
 
 def _key(call: AttentionCall, mask: BlockMask | None) -> Hashable:
     """What the preparation follows from beside the mask's lists; None when it must not outlive the call's base mask."""
-    if mask is None or torch.compiler.is_compiling() or not is_plain_tensor(call.q):
+    if mask is None or torch.compiler.is_compiling() or not (keeps(call.q) and keeps(call.base.lo)):
         return None
     mod, lengths = mask.mask_mod, call.base.key()
-    if lengths is None or not (mod is noop_mask or getattr(mod, "__module__", "").startswith("foveal.")):
+    told = mod is noop_mask and not any(x.is_inference() for x in _lists(mask))  # those have no versions
+    if lengths is None or not (told or _ours(mod)):
         return None
-    return (
-        lengths,
-        mod,
-        torch.is_inference_mode_enabled(),
-    )  # what is made in inference mode cannot be saved for backward
+    # what is made in inference mode cannot be saved for backward
+    return lengths, mod, tuple(mask.seq_lengths), tuple(mask.BLOCK_SIZE), torch.is_inference_mode_enabled()
+
+
+def _ours(mod: Any) -> bool:
+    """Whether a condition was written here: a wrapper may borrow the name of its module, not its globals."""
+    return str(getattr(mod, "__globals__", {}).get("__name__")).startswith("foveal.")
+
+
+def _lists(mask: BlockMask) -> list[Tensor]:
+    found = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    return [x for x in found if x is not None]

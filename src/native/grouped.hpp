@@ -14,7 +14,8 @@
 namespace foveal::FOVEAL_VARIANT {
 
 constexpr long PIECE_ROWS = 96;
-constexpr long TASK_PIECES = 4;  // of one group that share what is packed, where there are tasks enough
+constexpr long TASK_PIECES = 4;  // of one group that share what is packed, where there are tasks enough:
+constexpr long FINE_TASKS = 32;  // per thread, so that the last ones keep the others waiting for 3 % of the time at most
 
 // Groups cut into pieces, in an order in which the pieces of one key head follow each other.
 struct Pieces {
@@ -91,7 +92,7 @@ struct Grouped {
   const bool joint;             // rows may be in several groups
   const long copies, group;     // heads that share a piece; query heads per key head
   const long steps, wide, all_rows;
-  const long task_rows;
+  const long task_rows;         // of one group
   long splits = 1;
   Pieces pieces;
   char* scratch = nullptr;
@@ -108,7 +109,7 @@ struct Grouped {
         steps(steps_of<P>(p.dim)),
         wide(padded(p.dim_v)),
         all_rows(p.batch * p.heads * p.q_len),
-        task_rows(joint || Pieces(p, TASK_PIECES * PIECE_ROWS).count * copies < 8 * threads ? PIECE_ROWS : TASK_PIECES * PIECE_ROWS),
+        task_rows(joint || Pieces(p, TASK_PIECES * PIECE_ROWS).count * copies < FINE_TASKS * threads ? PIECE_ROWS : TASK_PIECES * PIECE_ROWS),
         pieces(p, task_rows) {
     if (joint) splits = copies_for(p.batch * p.kv_heads, 2 * threads, threads);
   }

@@ -120,8 +120,8 @@ def test_patterns_dynamic(tmp_path: Path) -> None:
 
 
 def test_patterns_static(tmp_path: Path) -> None:
-    options = ("--lengths", "1024", "--repeats", "1", "--no-flex")
-    rows = script("patterns_static.py", tmp_path / "r.json", *options)["lengths"]["1024"]
+    options = ("--lengths", "2048", "--repeats", "1", "--no-flex")
+    rows = script("patterns_static.py", tmp_path / "r.json", *options)["lengths"]["2048"]
     names = rows.keys() - {"sdpa causal", "sdpa full"}
     assert {
         "sliding_window",

@@ -35,6 +35,9 @@ def test_results_are_those_of_the_terms() -> None:
         ("Answer: 1217\nAnswer: 1218", False),
         ("Answer: -1217", False),
         ("Answer: 12170", False),
+        ("Answer: $1{,}217$", True),
+        ("Answer: 1217.", True),
+        ("Answer: 1217.5", False),
         ("1217", False),
         ("", False),
     ],
@@ -43,7 +46,7 @@ def test_the_last_answer_counts(text: str, right: bool) -> None:
     assert Sum("?", 1217).right(text) == right
 
 
-@pytest.mark.parametrize("sign", "-−")
+@pytest.mark.parametrize("sign", ["-", "−", "–", "- "])
 def test_results_may_be_negative(sign: str) -> None:
     assert Sum("?", -5).right(f"Answer: {sign}5") and not Sum("?", 5).right(f"Answer: {sign}5")
 

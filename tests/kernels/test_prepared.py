@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
+import sys
+import threading
 import weakref
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 import foveal
-from foveal.core.base_mask import BaseMask
+from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.budget import Budget
 from foveal.core.context import SelectContext
+from foveal.core.layouts import KeySelection, block_mask
 from foveal.kernels import block_plan, dispatch, native, prepared
 from foveal.patterns import BlockTopK, Disc, Neighborhood, SlidingWindow
 from tests.support import assert_close
@@ -102,6 +109,132 @@ def test_a_condition_of_the_users_own_may_change(impl: str, made: list[Any]) -> 
     second = foveal.attention(q, k, v, mask, impl=impl)
     assert len(made) == 2 and not torch.equal(first, second)
     assert_close(second, exact(q, k, v, mask), 1e-5)
+
+
+def test_lists_that_changed_are_read_again(impl: str, made: list[Any]) -> None:
+    q, k, v = tensors()
+    kinds = torch.zeros(1, 1, 4, 4, dtype=torch.int8)
+    kinds[..., 0] = FULL
+    mask = block_mask(kinds, (64, 64), (256, 256))
+    foveal.attention(q, k, v, mask, impl=impl)
+    other = block_mask(kinds.flip(-1), (64, 64), (256, 256))
+    assert mask.full_kv_indices is not None and other.full_kv_indices is not None
+    mask.full_kv_indices = other.full_kv_indices.clone()
+    assert_close(foveal.attention(q, k, v, mask, impl=impl), exact(q, k, v, other), 1e-5)
+    third = block_mask(kinds.roll(1, -1), (64, 64), (256, 256))
+    assert third.full_kv_indices is not None
+    mask.full_kv_indices.copy_(third.full_kv_indices)
+    assert_close(foveal.attention(q, k, v, mask, impl=impl), exact(q, k, v, third), 1e-5)
+    assert len(made) == 3 and len(prepared._kept[mask]) == 1
+
+
+def test_few_preparations_of_a_mask_are_kept(impl: str, made: list[Any]) -> None:
+    mask = layout(Disc(3, (16, 16)))
+    for heads in range(1, 8):
+        foveal.attention(*tensors(heads=heads), mask, impl=impl)
+    assert len(prepared._kept[mask]) == prepared.MOST
+
+
+def test_conditions_without_a_module(impl: str, made: list[Any]) -> None:
+    space: dict[str, Any] = {}
+    exec("def seen(b, h, q, k): return q >= k", space)
+    mask = create_block_mask(space["seen"], None, None, 256, 256, device="cpu")
+    q, k, v = tensors()
+    for _ in range(2):
+        assert_close(foveal.attention(q, k, v, mask, impl=impl), exact(q, k, v, mask), 1e-5)
+    assert len(made) == 2
+
+
+def test_a_wrapper_is_not_taken_for_what_it_wraps(impl: str, made: list[Any]) -> None:
+    mask, (q, k, v) = layout(Disc(3, (16, 16))), tensors()
+    inner, ahead = mask.mask_mod, torch.tensor(0)
+
+    @functools.wraps(inner)
+    def wrapper(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return inner(b, h, i, j) & (j >= ahead)
+
+    mask.mask_mod = wrapper
+    first = foveal.attention(q, k, v, mask, impl=impl)
+    ahead.fill_(100)
+    assert not torch.equal(first, foveal.attention(q, k, v, mask, impl=impl)) and len(made) == 2
+
+
+def every(n: int, q: Tensor, k: Tensor) -> tuple[KeySelection, None]:
+    return KeySelection(torch.arange(0, k.shape[2], n)[None, None, None], q.shape[2]), None
+
+
+class Changing:
+    """Every n-th key, by an object of somebody's own."""
+
+    static = True
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: Any) -> tuple[KeySelection, None]:
+        return every(self.n, q, k)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The same with a list among its fields."""
+
+    of: list[int]
+    static: ClassVar[bool] = True
+
+    def select(self, q: Tensor, k: Tensor, ctx: SelectContext, state: Any) -> tuple[KeySelection, None]:
+        return every(self.of[0], q, k)
+
+
+@pytest.mark.parametrize("pattern", [Changing(2), Listed([2])], ids=["object", "list"])
+def test_what_may_change_or_has_no_value_is_asked_in_every_call(pattern: Any) -> None:
+    q, k, v = tensors()
+    for n in (2, 3):
+        if isinstance(pattern, Listed):
+            pattern.of[0] = n
+        else:
+            pattern.n = n
+        assert_close(foveal.attention(q, k, v, pattern), exact(q, k, v, every(n, q, k)[0]), 1e-5)
+    assert not dispatch._static
+
+
+def test_threads_share_what_is_kept() -> None:
+    pattern, wrong = SlidingWindow(3), []
+
+    def work() -> None:
+        try:
+            for n in range(2, 60):
+                q, k, v = tensors(n, heads=1)
+                foveal.attention(q[:, :, -1:], k, v, pattern, causal=True)
+        except BaseException as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert not wrong and len(dispatch._static) <= dispatch.MOST_STATIC
+
+
+def test_fake_tensors_leave_nothing_behind(impl: str) -> None:
+    q, k, v = tensors()
+    pattern = SlidingWindow(64, 2, block=32)
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Exception):
+        foveal.attention(q, k, v, pattern, impl="gather")
+    assert_close(foveal.attention(q, k, v, pattern, impl=impl), exact(q, k, v, pattern), 1e-5)
+
+
+def test_another_default_device(impl: str) -> None:
+    q, k, v = tensors()
+    mask = layout(Disc(3, (16, 16)))
+    if impl == "native":
+        with torch.device("meta"):
+            got = foveal.attention(q, k, v, mask, impl=impl)
+        assert_close(got, exact(q, k, v, mask), 1e-5)
 
 
 @pytest.mark.parametrize("shared", ["pattern", "mask"])

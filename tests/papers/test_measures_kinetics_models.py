@@ -40,7 +40,9 @@ def test_a_budget_for_everything_samples_what_dense_samples(loaded: LoadedModel)
     ids = torch.arange(20)[None] + 1
 
     def rows(method: Method, seed: int = 0) -> list[list[int]]:
-        return measure.sampled(loaded, ids, method, trials=8, tokens=300, seed=seed)
+        found, ended = measure.sampled(loaded, ids, method, trials=8, tokens=300, seed=seed)
+        assert ended == [row[-1] == 0 for row in found]
+        return found
 
     dense = rows(DENSE)
     assert len(dense) == 8 and {len(row) for row in dense} > {300}, "some end before"
@@ -52,11 +54,12 @@ def test_a_budget_for_everything_samples_what_dense_samples(loaded: LoadedModel)
 
 def test_answers_are_read_where_they_stand(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = sums(1, 2, torch.Generator().manual_seed(0))
-    texts = [f"Answer: {one.answer}", "Answer: 5", f"Answer: 5 Answer: {one.answer}"]
-    monkeypatch.setattr(measure, "sampled", lambda *_, **__: [[*loaded.tokenizer(text).input_ids, 0] for text in texts])
-    trace = measure.answered(loaded, one, measure.shape_of(loaded), DENSE, "2/0", trials=3, tokens=40, seed=0)
-    assert trace.correct == (True, False, True)
-    assert trace.lengths == tuple(len(loaded.tokenizer(text).input_ids) + 1 for text in texts)
+    texts = [f"Answer: {one.answer}", "Answer: 5", f"Answer: 5 Answer: {one.answer}", f"The answer is {one.answer}, or"]
+    rows, ended = [[*loaded.tokenizer(text).input_ids, 0] for text in texts], [True, True, True, False]
+    monkeypatch.setattr(measure, "sampled", lambda *_, **__: (rows, ended))
+    trace, cut = measure.answered(loaded, one, measure.shape_of(loaded), DENSE, "2/0", trials=4, tokens=40, seed=0)
+    assert trace.correct == (True, False, True, False), "what is cut off in the middle is wrong"
+    assert trace.lengths == tuple(map(len, rows)) and cut == 1
     assert trace.prompt == len(loaded.tokenizer(one.question).input_ids)
 
 

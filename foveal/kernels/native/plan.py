@@ -22,6 +22,8 @@ from ..call import AttentionCall
 from ..prepared import prepared
 
 BLOCK = 128
+CPU = torch.device("cpu")
+"""Where everything here lies, whatever device a caller made the default."""
 ONE, SOFTMAX, APART, EVERY = 0, 1, 2, 3
 """A row in several groups cannot be, has one softmax over all of them, has an output for each; every row is in one, with keys."""
 CHUNK = 1 << 20
@@ -106,7 +108,9 @@ def _member_tensor(
     keyless = bool(((groups.cu_q.diff() > 0) & (groups.cu_k.diff() == 0)).any())
     alone = EVERY if sizes[1] == batch * per_row and not keyless else ONE
     combine = (SOFTMAX if groups.combine == "softmax" else APART) if often else alone
-    owner = torch.zeros(sizes[0], dtype=torch.int64)  # batch row, or key head of all batch rows, of a group with rows
+    owner = torch.zeros(
+        sizes[0], dtype=torch.int64, device=CPU
+    )  # batch row, or key head of all batch rows, of a group with rows
     some = groups.cu_q.diff() > 0
     owner[some] = torch.div(groups.q_index[groups.cu_q[:-1][some]], q_len, rounding_mode="floor")
     if groups.per_head:
@@ -164,7 +168,7 @@ def tile_kinds(mask: BlockMask, base: BaseMask) -> Tensor:
                 f"expected ({batch}, {heads}, {rows}) and ({batch}, {heads}, {rows}, tiles)."
             )
         lists.append((count.to(torch.int32).contiguous(), index.to(torch.int32).contiguous()))
-    kinds = torch.empty(batch, heads, rows, tiles, dtype=torch.int8)
+    kinds = torch.empty(batch, heads, rows, tiles, dtype=torch.int8, device=CPU)
     places = [(count.data_ptr(), index.data_ptr(), index.shape[-1]) for count, index in lists]
     whole = places[1] if len(places) > 1 else (0, 0, 0)
     if not _native.tile_kinds(places[0], whole, batch * heads, listed, rows, tiles, kinds.data_ptr()):
@@ -189,7 +193,7 @@ def _refuse(mask: BlockMask, kv_len: int, tiles: int) -> None:
                 f"the BlockMask's {name}_num_blocks spans {int(count.min())}…{int(count.max())}; expected 0…{width}, "
                 f"the width of {name}_indices."
             )
-        used = index[torch.arange(width) < count[..., None]]
+        used = index[torch.arange(width, device=CPU) < count[..., None]]
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= tiles):
             raise ShapeError(
                 f"the BlockMask's {name}_indices names tiles {int(used.min())}…{int(used.max())}; expected 0…{tiles - 1} "
@@ -209,9 +213,9 @@ def _bits(
     where = [w.expand(batch if of_batch else -1, heads if of_head else -1, -1, -1) for _, w in conditions]
     used = where[0] if len(where) == 1 else where[0] | where[1]
     at = used.nonzero()
-    tables, slots = [], torch.empty(at.shape[0], dtype=torch.int64)
+    tables, slots = [], torch.empty(at.shape[0], dtype=torch.int64, device=CPU)
     count = 0
-    for part in torch.arange(at.shape[0]).split(max(1, CHUNK // (tile[0] * tile[1]))):
+    for part in torch.arange(at.shape[0], device=CPU).split(max(1, CHUNK // (tile[0] * tile[1]))):
         kept = _evaluate(call.base, conditions, where, at[part], tile)
         distinct, which = _distinct(_pack(kept))
         tables.append(distinct)
@@ -221,7 +225,7 @@ def _bits(
     if len(tables) > 1:
         table, which = _distinct(table)
         slots = which[slots]
-    slot = torch.full(used.shape, -1, dtype=torch.int32)
+    slot = torch.full(used.shape, -1, dtype=torch.int32, device=CPU)
     slot[used] = slots.to(torch.int32)
     return slot, table
 
@@ -231,9 +235,9 @@ def _evaluate(
 ) -> Tensor:
     """``(tiles, q_tile, kv_tile)`` bool of the tiles ``at`` ``(tiles, 4)``."""
     b, h, u, t = (i[:, None, None] for i in at.unbind(-1))
-    q = (u * tile[0] + torch.arange(tile[0])[:, None]).clamp(max=base.q_len - 1)
-    k = (t * tile[1] + torch.arange(tile[1])).clamp(max=base.kv_len - 1)
-    kept = torch.ones(at.shape[0], *tile, dtype=torch.bool)
+    q = (u * tile[0] + torch.arange(tile[0], device=CPU)[:, None]).clamp(max=base.q_len - 1)
+    k = (t * tile[1] + torch.arange(tile[1], device=CPU)).clamp(max=base.kv_len - 1)
+    kept = torch.ones(at.shape[0], *tile, dtype=torch.bool, device=CPU)
     for (condition, _), active in zip(conditions, where, strict=True):
         # a condition's own dimensions may be 1 where another one's are not
         row, head = b.clamp(max=active.shape[0] - 1), h.clamp(max=active.shape[1] - 1)
@@ -251,11 +255,13 @@ def _pack(kept: Tensor) -> Tensor:
 def _distinct(table: Tensor) -> tuple[Tensor, Tensor]:
     """The different tiles of ``table`` and, for each tile, which one it is."""
     flat = table.view(table.shape[0], -1)
-    factor = torch.randint(-(1 << 62), 1 << 62, (flat.shape[1],), generator=torch.Generator().manual_seed(0)) | 1
+    factor = (
+        torch.randint(-(1 << 62), 1 << 62, (flat.shape[1],), generator=torch.Generator().manual_seed(0), device=CPU) | 1
+    )
     _, which = torch.unique((flat * factor).sum(-1), return_inverse=True)
-    first = torch.full((int(which.max()) + 1,), flat.shape[0]).scatter_reduce(
-        0, which, torch.arange(flat.shape[0]), "amin"
+    first = torch.full((int(which.max()) + 1,), flat.shape[0], device=CPU).scatter_reduce(
+        0, which, torch.arange(flat.shape[0], device=CPU), "amin"
     )
     if not torch.equal(flat[first][which], flat):  # two different tiles have the same sum
-        return table, torch.arange(flat.shape[0])
+        return table, torch.arange(flat.shape[0], device=CPU)
     return table[first], which

@@ -18,6 +18,7 @@ from ...data.chat import read_chat
 from ...data.sums import Sum, sums
 from ...policies.kinetics import DENSE, HARDWARE, Method, ModelShape
 from ...policies.kinetics_allocation import Choice, Trace, best_within, by_question, common_choices, envelope
+from . import gpu
 from .kinetics_frontier import policy
 from .results import write_result
 
@@ -48,8 +49,8 @@ def shape_of(loaded: LoadedModel) -> ModelShape:
 @torch.inference_mode()
 def sampled(
     loaded: LoadedModel, ids: Tensor, method: Method, *, trials: int, tokens: int, seed: int
-) -> list[list[int]]:
-    """``trials`` continuations of ``ids`` ``(1, N)``, each up to and with its end token."""
+) -> tuple[list[list[int]], list[bool]]:
+    """``trials`` continuations of ``ids`` ``(1, N)``, each up to and with its end token, and whether there was one."""
     import foveal
 
     from ...hf.generation import generation_config
@@ -67,19 +68,21 @@ def sampled(
             ids, attention_mask=torch.ones_like(ids), past_key_values=growing_cache(model), generation_config=config
         )
     new = rows[:, ids.shape[1] :].tolist()
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in new]
+    cut = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in new]
+    return cut, [row[-1] in ends for row in cut]
 
 
 def answered(
     loaded: LoadedModel, question: Sum, shape: ModelShape, method: Method, name: str, *, trials: int, tokens: int, seed: int
-) -> Trace:  # fmt: skip
-    """``trials`` sampled answers to one question."""
+) -> tuple[Trace, int]:  # fmt: skip
+    """``trials`` sampled answers to one question, and how many were cut off, which are wrong."""
     template = bool(getattr(loaded.tokenizer, "chat_template", None))
     chat = read_chat(loaded.tokenizer, [{"role": "user", "content": question.question}], template=template)
     ids = chat.ids.to(loaded.model.device)[None]
-    rows = sampled(loaded, ids, method, trials=trials, tokens=tokens, seed=seed)
-    right = tuple(question.right(str(loaded.tokenizer.decode(row, skip_special_tokens=True))) for row in rows)
-    return Trace(name, shape, method, len(chat.ids), tuple(map(len, rows)), right)
+    rows, ended = sampled(loaded, ids, method, trials=trials, tokens=tokens, seed=seed)
+    texts = [str(loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    right = tuple(whole and question.right(text) for text, whole in zip(texts, ended, strict=True))
+    return Trace(name, shape, method, len(chat.ids), tuple(map(len, rows)), right), ended.count(False)
 
 
 def compared(traces: list[Trace]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def measure_quality(
     *,
     out: Path | None = None,
     models: tuple[str, ...] = MODELS,
-    device: str = "auto",
+    device: str = gpu.DEVICE,
     budgets: tuple[int, ...] = BUDGETS,
     terms: tuple[int, ...] = TERMS,
     questions: int = QUESTIONS,
@@ -145,15 +148,16 @@ def measure_quality(
         loaded = load_model(name, device=device)
         shape, generator = shape_of(loaded), torch.Generator().manual_seed(seed)
         asked = {f"{n}/{i}": one for n in terms for i, one in enumerate(sums(questions, n, generator))}
-        traces = [
-            answered(loaded, one, shape, method, where, trials=trials, tokens=tokens, seed=seed)
-            for where, one in asked.items()
+        found = [
+            answered(loaded, one, shape, method, where, trials=trials, tokens=tokens, seed=seed + number)
+            for number, (where, one) in enumerate(asked.items())
             for method in methods(budgets)
         ]
+        traces = [trace for trace, _ in found]
         lengths = [n for trace in traces for n in trace.lengths]
         rows[name] = compared(traces) | {
             "answer_tokens": sum(lengths) / len(lengths),
-            "cut_off": sum(n == tokens for n in lengths) / len(lengths),
+            "cut_off": sum(cut for _, cut in found) / len(lengths),
             "dtype": loaded.dtype,
         }
         del loaded
