@@ -146,8 +146,8 @@ struct Softmax {
           for (int i = 0; i < 16 / LANES; i++) store(row + j + i * LANES, w[i]);
         }
       }
-      sum[r] = sum[r] * factor[r] + hsum(total);
-      if constexpr (measured) spread[r] = spread[r] * factor[r] + hsum(weighted);
+      sum[r] = fused(sum[r], factor[r], hsum(total));
+      if constexpr (measured) spread[r] = fused(spread[r], factor[r], hsum(weighted));
     }
   }
 

@@ -290,6 +290,15 @@ inline void store_both(std::uint16_t* row0, std::uint16_t* row1, Unit* pairs, Ve
 }
 #endif
 
+// a · b + c with one rounding where the processor can, always: left to the compiler, two builds of a loop may round differently.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // 16 floats as bfloat16, in order.
 inline void store_bf16(std::uint16_t* p, const Vec* x) {
 #if defined(__AVX512BF16__)

@@ -108,9 +108,8 @@ def _member_tensor(
     keyless = bool(((groups.cu_q.diff() > 0) & (groups.cu_k.diff() == 0)).any())
     alone = EVERY if sizes[1] == batch * per_row and not keyless else ONE
     combine = (SOFTMAX if groups.combine == "softmax" else APART) if often else alone
-    owner = torch.zeros(
-        sizes[0], dtype=torch.int64, device=CPU
-    )  # batch row, or key head of all batch rows, of a group with rows
+    # batch row, or key head of all batch rows, of a group with rows
+    owner = torch.zeros(sizes[0], dtype=torch.int64, device=CPU)
     some = groups.cu_q.diff() > 0
     owner[some] = torch.div(groups.q_index[groups.cu_q[:-1][some]], q_len, rounding_mode="floor")
     if groups.per_head:
