@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import math
 import warnings
 import weakref
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -17,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..core.base_mask import BaseMask
-from ..core.context import SelectContext
 from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..core.layouts import BlockMask, Groups, KeySelection, Layout
 from . import flex, gather, native, reference, sdpa
 from .call import AttentionCall
 from .merge import add_sink
-from .prepared import keeps
+from .prepared import selected
 
 if TYPE_CHECKING:
     from ..patterns.base import Pattern
@@ -340,41 +336,6 @@ _validated: weakref.WeakKeyDictionary[KeySelection | Groups, set[tuple[int, ...]
 """Sizes for which a layout was found right: layers and steps share layouts, and the tensors of one never change."""
 
 
-_static: OrderedDict[Hashable, Any] = OrderedDict()
-"""Layouts of static patterns, the last ``MOST_STATIC`` that were asked for."""
-MOST_STATIC = 8
-_MISSING = object()
-
-
-def _selected(pattern: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
-    """What a pattern selects without a state; a static one is asked once for every size."""
-    ctx = SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0))
-    key = (type(pattern), pattern, base.key(), q.shape[:2], k.shape[1], torch.is_inference_mode_enabled())
-    if not (_may_keep(pattern) and keeps(q) and keeps(base.lo)):
-        return pattern.select(q, k, ctx, None)[0]
-    found = _static.pop(key, _MISSING)
-    if found is _MISSING:
-        found = pattern.select(q, k, ctx, None)[0]
-    _static[key] = found
-    while len(_static) > MOST_STATIC:
-        with contextlib.suppress(KeyError):  # another thread was faster
-            _static.popitem(last=False)
-    return found
-
-
-def _may_keep(pattern: Any) -> bool:
-    """Whether a pattern is static, never changes, and can be looked up by its value."""
-    if not getattr(pattern, "static", False) or torch.compiler.is_compiling():
-        return False
-    if not getattr(getattr(type(pattern), "__dataclass_params__", None), "frozen", False):
-        return False
-    try:
-        hash(pattern)
-    except TypeError:
-        return False
-    return True
-
-
 def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
     if mask is None:
         return None
@@ -394,7 +355,7 @@ def _layout(mask: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> La
             fits.add(sizes)
         return mask
     if hasattr(mask, "select") and not isinstance(mask, Tensor):
-        return _selected(mask, q, k, base, scale)
+        return selected(mask, q, k, base, scale)
     raise ShapeError(
         f"mask is a {type(mask).__name__}; expected a Pattern, BlockMask, KeySelection, Groups or None. "
         "A dense boolean mask has no sparse layout: use torch's scaled_dot_product_attention for it."

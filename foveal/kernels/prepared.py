@@ -1,8 +1,10 @@
-"""What a kernel prepares for a mask, made once: layers, steps and calls share masks."""
+"""Layouts of static patterns, and what a kernel prepares for a mask: made once, because layers, steps and calls share them."""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -11,6 +13,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 from torch.nn.parameter import Parameter
 
+from ..core.base_mask import BaseMask
+from ..core.context import SelectContext
+from ..core.layouts import Layout
 from .call import AttentionCall
 
 T = TypeVar("T")
@@ -70,3 +75,38 @@ def _ours(mod: Any) -> bool:
 def _lists(mask: BlockMask) -> list[Tensor]:
     found = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
     return [x for x in found if x is not None]
+
+
+_static: OrderedDict[Hashable, Any] = OrderedDict()
+"""Layouts of static patterns, the last ``MOST_STATIC`` that were asked for."""
+MOST_STATIC = 8
+_NOTHING = object()
+
+
+def selected(pattern: Any, q: Tensor, k: Tensor, base: BaseMask, scale: float) -> Layout | None:
+    """What a pattern selects without a state; a static one is asked once for every size."""
+    ctx = SelectContext(base=base, scale=scale, q_offset=max(base.shift, 0))
+    if not (_may_keep(pattern) and keeps(q) and keeps(base.lo)):
+        return pattern.select(q, k, ctx, None)[0]
+    key = (type(pattern), pattern, base.key(), q.shape[:2], k.shape[1], torch.is_inference_mode_enabled())
+    found = _static.pop(key, _NOTHING)
+    if found is _NOTHING:
+        found = pattern.select(q, k, ctx, None)[0]
+    _static[key] = found
+    while len(_static) > MOST_STATIC:
+        with contextlib.suppress(KeyError):  # another thread was faster
+            _static.popitem(last=False)
+    return found
+
+
+def _may_keep(pattern: Any) -> bool:
+    """Whether a pattern is static, never changes, and can be looked up by its value."""
+    if not getattr(pattern, "static", False) or torch.compiler.is_compiling():
+        return False
+    if not getattr(getattr(type(pattern), "__dataclass_params__", None), "frozen", False):
+        return False
+    try:
+        hash(pattern)
+    except TypeError:
+        return False
+    return True

@@ -22,7 +22,7 @@ from foveal.core.base_mask import FULL, BaseMask
 from foveal.core.budget import Budget
 from foveal.core.context import SelectContext
 from foveal.core.layouts import KeySelection, block_mask
-from foveal.kernels import block_plan, dispatch, native, prepared
+from foveal.kernels import block_plan, native, prepared
 from foveal.patterns import BlockTopK, Disc, Neighborhood, SlidingWindow
 from tests.support import assert_close
 
@@ -31,7 +31,7 @@ IMPLS = ["gather", *(["native"] if native.unavailable() is None else [])]
 
 @pytest.fixture(autouse=True)
 def nothing_kept() -> None:
-    dispatch._static.clear()
+    prepared._static.clear()
 
 
 @pytest.fixture(params=IMPLS)
@@ -195,7 +195,7 @@ def test_what_may_change_or_has_no_value_is_asked_in_every_call(pattern: Any) ->
         else:
             pattern.n = n
         assert_close(foveal.attention(q, k, v, pattern), exact(q, k, v, every(n, q, k)[0]), 1e-5)
-    assert not dispatch._static
+    assert not prepared._static
 
 
 def test_threads_share_what_is_kept() -> None:
@@ -217,7 +217,7 @@ def test_threads_share_what_is_kept() -> None:
     for thread in threads:
         thread.join()
     sys.setswitchinterval(before)
-    assert not wrong and len(dispatch._static) <= dispatch.MOST_STATIC
+    assert not wrong and len(prepared._static) <= prepared.MOST_STATIC
 
 
 def test_fake_tensors_leave_nothing_behind(impl: str) -> None:
@@ -264,9 +264,9 @@ def test_a_static_pattern_is_asked_once_for_every_size(
         for pattern in (Disc(3, grid), Disc(3, grid)):  # equal patterns are one
             assert_close(foveal.attention(q, k, v, pattern, impl=impl), exact(q, k, v, pattern), 1e-5)
     assert asked == [256, 64] and len(made) == 2
-    monkeypatch.setattr(dispatch, "MOST_STATIC", 1)
+    monkeypatch.setattr(prepared, "MOST_STATIC", 1)
     foveal.attention(*tensors(64), Disc(2, (8, 8)), impl=impl)
-    assert len(dispatch._static) == 1, "the oldest are forgotten"
+    assert len(prepared._static) == 1, "the oldest are forgotten"
 
 
 def test_patterns_that_read_content_are_asked_in_every_call(impl: str, made: list[Any]) -> None:
@@ -274,7 +274,7 @@ def test_patterns_that_read_content_are_asked_in_every_call(impl: str, made: lis
     q, k, v = tensors()
     foveal.attention(q, k, v, pattern, causal=True, impl=impl)
     foveal.attention(-q, k, v, pattern, causal=True, impl=impl)
-    assert len(made) == 2 and not dispatch._static
+    assert len(made) == 2 and not prepared._static
 
 
 @pytest.mark.parametrize("window", [3, 5])
