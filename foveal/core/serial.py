@@ -107,7 +107,7 @@ def check_sizes(owner: object, low: int = 1, **sizes: int | None) -> None:
 
 
 def _example(cls: type, name: str) -> str:
-    return f'"{name}": {get_type_hints(cls)[name]}'.replace("<class '", "").replace("'>", "")
+    return f'"{name}": {_hints(cls)[name]}'.replace("<class '", "").replace("'>", "")
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:

@@ -40,14 +40,8 @@ def sums(count: int, terms: int, generator: torch.Generator, *, most: int = 999)
     numbers = torch.randint(1, most + 1, (count, terms), generator=generator)
     signs = torch.randint(2, (count, terms), generator=generator) * 2 - 1
     signs[:, 0] = 1
-    return [
-        Sum(
-            ASK.format(
-                terms=str(first) + "".join(f" {'+' if s > 0 else '-'} {n}" for n, s in zip(rest, sign, strict=True))
-            ),
-            total,
-        )
-        for (first, *rest), (_, *sign), total in zip(
-            numbers.tolist(), signs.tolist(), (numbers * signs).sum(1).tolist(), strict=True
-        )
-    ]
+    found = []
+    for first, *rest in (numbers * signs).tolist():
+        terms_told = "".join(f" {'+' if n > 0 else '-'} {abs(n)}" for n in rest)
+        found.append(Sum(ASK.format(terms=f"{first}{terms_told}"), first + sum(rest)))
+    return found

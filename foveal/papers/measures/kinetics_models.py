@@ -7,6 +7,7 @@ formulas at an H200's FLOP per byte; a choice is one for all questions.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ BUDGETS = (128, 512)
 TERMS, QUESTIONS, TRIALS, TEMPERATURE, TOKENS = (8, 16, 24), 16, 16, 0.6, 4096
 LOSS, GAIN, CAPABLE = 0.02, 0.05, 0.3
 """Points that sparse may lose at equal trials, points that it must win at the lowest common cost, and the dense coverage that counts as able."""
-HARDWARE_NAME = "h200"
+INTENSITY = HARDWARE["h200"].intensity
 
 
 def methods(budgets: tuple[int, ...]) -> tuple[Method, ...]:
@@ -41,9 +42,10 @@ def shape_of(loaded: LoadedModel) -> ModelShape:
     """What the cost law needs, from the model itself."""
     config: Any = loaded.model.config.get_text_config()
     heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    return ModelShape(loaded.name, parameters, config.num_hidden_layers, heads, config.num_key_value_heads, head_dim)
+    return ModelShape(loaded.name, parameters, config.num_hidden_layers, heads, kv_heads, head_dim)
 
 
 @torch.inference_mode()
@@ -87,24 +89,24 @@ def answered(
 
 def compared(traces: list[Trace]) -> dict[str, Any]:
     """Coverage by method and trials; the largest loss of the best sparse budget at equal trials; its lead at the lowest common cost."""
-    found = common_choices(by_question(traces, intensity=HARDWARE[HARDWARE_NAME].intensity))
+    found = common_choices(by_question(traces, intensity=INTENSITY))
 
     def of(kind: str) -> list[Choice]:
         return [choice for choice in found if choice.method.kind == kind]
+
+    def by_method(of_choice: Callable[[Choice], float]) -> dict[str, dict[int, float]]:
+        rows: dict[str, dict[int, float]] = {}
+        for choice in sorted(found, key=lambda choice: choice.trials):
+            rows.setdefault(str(choice.method), {})[choice.trials] = of_choice(choice)
+        return rows
 
     dense, sparse = {choice.trials: choice for choice in of("dense")}, of("topk")
     best = {n: max(choice.accuracy for choice in sparse if choice.trials == n) for n in dense}
     low = min(dense.values(), key=lambda choice: choice.cost)
     within = best_within(envelope(sparse), low.cost)
     return {
-        "coverage": {
-            str(method): {n: c.accuracy for n, c in sorted((c.trials, c) for c in found if c.method == method)}
-            for method in dict.fromkeys(c.method for c in found)
-        },
-        "teflops": {
-            str(method): {n: c.cost / 1e12 for n, c in sorted((c.trials, c) for c in found if c.method == method)}
-            for method in dict.fromkeys(c.method for c in found)
-        },
+        "coverage": by_method(lambda choice: choice.accuracy),
+        "teflops": by_method(lambda choice: choice.cost / 1e12),
         "largest_loss": max(choice.accuracy - best[n] for n, choice in dense.items()),
         "lead_at_lowest_cost": (0.0 if within is None else within.accuracy) - low.accuracy,
         "dense_best": max(choice.accuracy for choice in dense.values()),
@@ -170,7 +172,7 @@ def measure_quality(
         "ours": shown,
         "criterion": {"loss_at_most": LOSS, "lead_at_least": GAIN, "dense_at_least": CAPABLE},
         "task": f"sums of {', '.join(map(str, terms))} numbers, {questions} each, {trials} answers at temperature {TEMPERATURE}",
-        "flop_per_byte": HARDWARE[HARDWARE_NAME].intensity,
+        "flop_per_byte": INTENSITY,
         "tokens_at_most": tokens,
         "models": rows,
     }
