@@ -17,7 +17,8 @@ def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
     blocks, width = layout.index.shape[2:]
     row_heads, _ = _row_heads(call, layout)
     reads = call.q.shape[0] * row_heads * blocks * width
-    return Plan(lambda: _batches(call, layout, budget), layout.block_size, 1, key_reads=reads)
+    covers = width > 0 and layout.index.device.type == "cpu" and bool((layout.index[..., 0] >= 0).all())
+    return Plan(lambda: _batches(call, layout, budget), layout.block_size, 1, key_reads=reads, covers=covers)
 
 
 def _row_heads(call: AttentionCall, layout: KeySelection) -> tuple[int, int]:
@@ -50,8 +51,10 @@ def _batches(call: AttentionCall, layout: KeySelection, budget: int) -> Iterator
         index = index[..., : int(listed[-1]) + 1]
         u = torch.arange(part.start, part.stop, device=device)
         count = batch * row_heads * u.shape[0]
-        hidden = _hidden(call, index, u, lo[:, part], hi[:, part], size)
-        hide = None if hidden is None else (0, hidden.expand(batch, row_heads, -1, -1, -1).reshape(count, 1, size, -1))
+        first, hidden = _hidden(call, index, u, lo[:, part], hi[:, part], size)
+        hide = None
+        if hidden is not None:
+            hide = first, hidden.expand(batch, row_heads, -1, -1, -1).reshape(count, 1, size, -1)
         seen = index.clamp(min=0)
         bias = None
         if call.bias is not None:
@@ -74,8 +77,10 @@ def _by_block(x: Tensor, blocks: int, size: int) -> Tensor:
     return x.view(x.shape[0], blocks, size)
 
 
-def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tensor, size: int) -> Tensor | None:
-    """``(B or 1, listed heads, blocks, size, K)`` bool, True hides; None when every row of these blocks sees its whole list.
+def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tensor, size: int) -> tuple[int, Tensor | None]:
+    """``(B or 1, listed heads, blocks, size, K − first)`` bool, True hides, and ``first``; None when every row of these blocks sees its whole list.
+
+    Every row sees the first ``first`` keys of its list: those of a causal model are mostly cut at the end.
 
     Args:
         index: ``(B or 1, listed heads, blocks, K)``. u: ``(blocks,)`` their numbers. lo, hi: ``(B or 1, blocks, size)``.
@@ -88,8 +93,13 @@ def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tenso
     top, low = hi.amin(-1)[:, None, :, None], lo.amax(-1)[:, None, :, None]
     some = (index >= top) | (index < low)  # hidden from at least one row of the block
     some = some if bad is None else some | bad
-    if base.predicate is None and index.device.type == "cpu" and not bool(some.any()):
-        return None
+    first = 0
+    if base.predicate is None and index.device.type == "cpu":
+        cut = some.flatten(0, 2).any(0).nonzero()
+        if cut.numel() == 0:
+            return 0, None
+        first = int(cut[0])
+        index, some, bad = index[..., first:], some[..., first:], None if bad is None else bad[..., first:]
     if size == 1:
         hidden = some[..., None, :]
     else:
@@ -97,10 +107,10 @@ def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tenso
         hidden = (keys >= hi[:, None, ..., None]) | (keys < lo[:, None, ..., None])
         hidden = hidden if bad is None else hidden | bad[:, :, :, None]
     if base.predicate is None:
-        return hidden
+        return first, hidden
     rows = (u[:, None] * size + torch.arange(size, device=index.device)).clamp(max=base.q_len - 1)
     b = torch.arange(call.q.shape[0], device=index.device)[:, None, None, None, None]
-    return hidden | ~base.predicate(
+    return 0, hidden | ~base.predicate(
         b, torch.zeros_like(b), rows[None, None, :, :, None], index.clamp(min=0)[:, :, :, None, :]
     )
 

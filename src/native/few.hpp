@@ -5,6 +5,7 @@
 // a part of the keys, and the parts are joined in order by their log-sum-exps.
 #pragma once
 
+#include "across.hpp"
 #include "direct.hpp"
 #include "listed.hpp"
 #include "pool.hpp"
@@ -25,6 +26,7 @@ struct Few {
   const long chunk_rows, per_block;  // query rows of a task, tasks per block
   const long units, splits, most_keys;
   const bool in_place;  // keys and values are not packed
+  const bool across;    // nor are those that all rows see
   std::uint64_t* valid_bits = nullptr;
   char* scratch = nullptr;
   long scratch_bytes = 0;
@@ -52,14 +54,17 @@ struct Few {
         units(p.batch * (p.heads / stacked) * block_count * per_block),
         splits(split(p, units, threads)),
         most_keys(p.lists.index ? p.lists.width : 0),
-        in_place(!P::pairs && direct(p, chunk_rows * stacked)) {}
+        in_place(!P::pairs && direct(p, chunk_rows * stacked)),
+        across(!P::pairs && !in_place && Across::serves(p)) {}
 
   struct Scratch {
     Softmax<P> rows;
+    Across across;
     Unit *keys, *values, *temp;
     std::int64_t *list, *where;  // the task's keys without pads; those of the gathered panels
     const char **rows_at, **next_at;  // where the rows of a panel's keys, and of all values, lie; those of later keys
-    Scratch(const Few& f, Carve& memory) : rows(f.p, f.chunk_rows * f.stacked, memory) {
+    Scratch(const Few& f, Carve& memory)
+        : rows(f.p, f.chunk_rows * f.stacked, memory), across(f.p, f.across ? f.chunk_rows * f.stacked : 0, memory) {
       keys = memory.take<Unit>(f.in_place ? 0 : BLOCK_PANELS<P> * PANEL * rows.steps);
       values = memory.take<Unit>(f.in_place ? 0 : VALUE_STEPS * rows.wide);
       temp = memory.take<Unit>(f.in_place ? 0 : 65 * rows.steps + 2 * rows.wide);
@@ -114,10 +119,39 @@ struct Few {
     const long listed = p.lists.index ? keys_of_block(p, c.b, c.h, c.first / block_rows, mine.list) : 0;
     const long first = p.lists.index ? 0 : c.lo_least / PANEL;
     const long panels = most(0, ceil_div(p.lists.index ? listed : c.hi_most, PANEL) - first);
+    const long begin = first + panels * split / splits, end = first + panels * (split + 1) / splits;
+    if (!all_across(c, mine, begin * PANEL, least(end * PANEL, p.lists.index ? listed : p.kv_len))) over(c, mine, begin, end, listed);
+    if (splits == 1) return rows.finish(c);
+    for (long r = 0; r < c.rows; r++) {
+      const long at = (unit * splits + split) * chunk_rows * stacked + r;
+      std::memcpy(part_o + at * rows.wide, rows.o + r * rows.wide, (std::size_t)rows.wide * 4);
+      part_most[at] = rows.most_seen[r];
+      part_sum[at] = rows.sum[r];
+      if (p.entropy) part_spread[at] = rows.spread[r];
+    }
+  }
+
+  Rows keys_from(const Scratch& mine, long start) const {
+    return {p.lists.index ? 0 : start, p.lists.index ? mine.list + start : nullptr};
+  }
+
+  // Keys `start` … `end` of the list, or of all keys, where every row sees each of them.
+  bool all_across(const Chunk& c, const Scratch& mine, long start, long end) const {
+    if constexpr (!P::pairs) {
+      if (across && Across::pays(c.rows) && shows_whole(c, keys_from(mine, start), end - start)) {
+        mine.across.attend(mine.rows, c, c.h / (p.heads / p.kv_heads), keys_from(mine, start), end - start);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // Panels `begin` … `end` of the list, or of all keys.
+  void over(const Chunk& c, Scratch& mine, long begin, long end, long listed) const {
+    const Softmax<P>& rows = mine.rows;
     const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, BLOCK_PANELS<P> * PANEL};
     long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;
-    const long begin = first + panels * split / splits, end = first + panels * (split + 1) / splits;
     for (long panel = begin; panel < end; panel++) {
       const long start = panel * PANEL, here = least(PANEL, (p.lists.index ? listed : p.kv_len) - start);
       std::uint64_t* bits = rows.bits + count;
@@ -141,20 +175,12 @@ struct Few {
         cut_block = false;
       }
     }
-    if (splits == 1) return rows.finish(c);
-    for (long r = 0; r < c.rows; r++) {
-      const long at = (unit * splits + split) * chunk_rows * stacked + r;
-      std::memcpy(part_o + at * rows.wide, rows.o + r * rows.wide, (std::size_t)rows.wide * 4);
-      part_most[at] = rows.most_seen[r];
-      part_sum[at] = rows.sum[r];
-      if (p.entropy) part_spread[at] = rows.spread[r];
-    }
   }
 
   // Pack keys `start` … of the list, or of all keys, as panel `slot`; or, in place, multiply them right away.
   void gather(const Chunk& c, Scratch& mine, long slot, long start, long count, long end) const {
     const long steps = mine.rows.steps, kv = c.h / (p.heads / p.kv_heads);
-    const Rows which{p.lists.index ? 0 : start, p.lists.index ? mine.list + start : nullptr};
+    const Rows which = keys_from(mine, start);
     for (long j = 0; j < PANEL; j++) mine.where[slot * PANEL + j] = which[least(j, count - 1)];
     if constexpr (!P::pairs) {
       if (in_place) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "across.hpp"
 #include "listed.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
@@ -90,6 +91,7 @@ struct Grouped {
   const Problem& p;
   const Groups& g;
   const bool joint;             // rows may be in several groups
+  const bool across;            // keys that all rows of a piece see are not packed
   const long copies, group;     // heads that share a piece; query heads per key head
   const long steps, wide, all_rows;
   const long task_rows;         // of one group
@@ -104,6 +106,7 @@ struct Grouped {
       : p(problem),
         g(p.groups),
         joint(g.combine == Combine::softmax),
+        across(!P::pairs && Across::serves(p)),
         copies(g.per_head ? 1 : p.heads),
         group(p.heads / p.kv_heads),
         steps(steps_of<P>(p.dim)),
@@ -118,10 +121,11 @@ struct Grouped {
 
   struct Scratch {
     Softmax<P> rows;
+    Across across;
     Unit *keys, *values, *temp;
     std::int64_t *lo, *hi, *where;
     long held = -1, held_of = -1;  // the group whose keys are packed, and the key head
-    Scratch(const Grouped& f, Carve& memory) : rows(f.p, PIECE_ROWS, memory) {
+    Scratch(const Grouped& f, Carve& memory) : rows(f.p, PIECE_ROWS, memory), across(f.p, f.across ? PIECE_ROWS : 0, memory) {
       keys = memory.take<Unit>(HELD_PANELS * PANEL * f.steps);
       values = memory.take<Unit>(VALUE_STEPS * f.wide);
       temp = memory.take<Unit>(65 * f.steps + 2 * f.wide);
@@ -179,6 +183,13 @@ struct Grouped {
     const long kv = kv_of_piece(p, piece, h);
     const std::int64_t* list = g.keys + g.cu_k[piece.group];
     const long listed = g.cu_k[piece.group + 1] - g.cu_k[piece.group];
+    rows.begin(c);
+    if constexpr (!P::pairs) {
+      if (across && Across::pays(c.rows) && shows_whole(c, Rows{0, list}, listed)) {
+        mine.across.attend(rows, c, kv, Rows{0, list}, listed);
+        return c;
+      }
+    }
     const Keys from{mine.keys, mine.values, VALUE_STEPS, mine.where, HELD_PANELS * PANEL};
     const bool all_at_once = several && listed <= HELD_PANELS * PANEL;
     if (all_at_once && (mine.held != piece.group || mine.held_of != kv)) {
@@ -187,7 +198,6 @@ struct Grouped {
       mine.held_of = kv;
     }
     if (!all_at_once) mine.held = -1;
-    rows.begin(c);
     long block[BLOCK_PANELS<P>], count = 0;
     bool cut_block = false;
     for (long start = 0; start < listed; start += PANEL) {

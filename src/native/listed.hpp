@@ -1,9 +1,21 @@
 // Keys that are given as lists of positions: what they show to a chunk of rows.
 #pragma once
 
+#include "pack.hpp"
 #include "visible.hpp"
 
 namespace foveal::FOVEAL_VARIANT {
+
+// Whether every row of the chunk sees all of these keys.
+inline bool shows_whole(const Chunk& c, Rows which, long count) {
+  const Problem& p = *c.problem;
+  const std::uint8_t* valid = p.visible.valid ? p.visible.valid + (p.visible.valid_batch > 1 ? c.b : 0) * p.kv_len : nullptr;
+  if (c.blind_rows || c.kinds) return false;
+  if (!valid && c.lo_most <= 0 && c.hi_least >= p.kv_len) return true;
+  for (long j = 0; j < count; j++)
+    if (which[j] < c.lo_most || which[j] >= c.hi_least || (valid && !valid[which[j]])) return false;
+  return true;
+}
 
 // As shows() and row_bits(), for up to 64 keys of `list`; bits of row i go to bits[i · stride].
 inline Shows shows_listed(const Chunk& c, const std::int64_t* list, long count, std::uint64_t* bits, long stride) {

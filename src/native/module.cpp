@@ -195,6 +195,10 @@ Problem problem(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Te
   return p;
 }
 
+std::size_t bytes_of(const Problem& p, long numbers_per_batch_row) {
+  return (std::size_t)(p.batch * numbers_per_batch_row) * (p.type == Type::f32 ? 4 : 2);
+}
+
 void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tensor4& v, Address out, Address lse, Address entropy,
              float scale, float softcap, const std::optional<Bias>& bias, const Bounds& bounds, const std::optional<Valid>& valid,
              const std::optional<Kinds>& kinds, const std::optional<Slots>& slots, const std::optional<Listed>& listed,
@@ -206,6 +210,7 @@ void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tenso
   require(!p.entropy || !p.groups.count || p.groups.combine == Combine::one, "the entropy of a row in several groups is not computed");
   const Variant& variant = current();
   nb::gil_scoped_release free;
+  if (p.groups.combine != Combine::apart) prefer_large_pages(p.out, bytes_of(p, p.heads * p.q_len * p.dim_v));
   PoolLock lock;
   variant.forward(p, lock.pool, threads < 1 ? 1 : threads);
 }
@@ -226,6 +231,9 @@ void backward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tens
   g.dbias = reinterpret_cast<float*>(dbias);
   const Variant& variant = current();
   nb::gil_scoped_release free;
+  prefer_large_pages(g.dq, bytes_of(p, p.heads * p.q_len * p.dim));
+  prefer_large_pages(g.dk, bytes_of(p, p.kv_heads * p.kv_len * p.dim));
+  prefer_large_pages(g.dv, bytes_of(p, p.kv_heads * p.kv_len * p.dim_v));
   PoolLock lock;
   variant.backward(p, g, lock.pool, threads < 1 ? 1 : threads);
 }

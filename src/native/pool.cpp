@@ -1,6 +1,7 @@
 #include "pool.hpp"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -16,6 +17,7 @@ namespace foveal {
 namespace {
 
 constexpr std::size_t KEPT_BYTES = std::size_t(1) << 26;  // memory that stays between calls, at most
+constexpr std::size_t FRESH_BYTES = std::size_t(1) << 25;  // glibc never keeps blocks of this size: they are mapped anew each time
 constexpr int SPINS = 4000;                              // looks at the counter before a thread sleeps: some tens of µs
 
 inline void relax() {
@@ -183,6 +185,14 @@ Pool::State* current() {
 }
 
 }  // namespace
+
+void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < FRESH_BYTES) return;
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(begin), bytes - page, MADV_HUGEPAGE);  // advice only: where it is refused nothing changes
+#endif
+}
 
 PoolLock::PoolLock() {
   Pool::State* s = current();

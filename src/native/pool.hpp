@@ -26,4 +26,8 @@ struct PoolLock {
   Pool pool;
 };
 
+// Asks the system for large pages for a result that is so large that its memory is surely fresh: touching it page by page takes
+// as long as a sparse attention.
+void prefer_large_pages(void* data, std::size_t bytes);
+
 }  // namespace foveal

@@ -7,12 +7,9 @@ namespace foveal::FOVEAL_VARIANT {
 
 enum class Start { zero, sum, scaled };  // what the product is added to: nothing, c, or c · factor[row]
 
-// c [R × N vectors] = start + a [R × steps] · b [steps × N vectors]. The start comes last: one rounding beside a long sum
-// instead of one per step, which leaves dk and dv a tenth of the error.
-template <class P, Start start, int R, int N>
-inline __attribute__((always_inline)) void tile(const Unit* __restrict a, long lda, const Unit* __restrict b, long ldb,
-                                                long steps, float* __restrict c, long ldc, const float* factor) {
-  Vec sum[R][N];
+// sum [R × N vectors] of left [R × steps] · b [steps × N vectors]; left(r, s) is one unit.
+template <class P, int R, int N, class Left>
+inline __attribute__((always_inline)) void sum_up(const Left& left, const Unit* __restrict b, long ldb, long steps, Vec (&sum)[R][N]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -24,11 +21,20 @@ inline __attribute__((always_inline)) void tile(const Unit* __restrict a, long l
     for (int n = 0; n < N; n++) column[n] = load_units(b + s * ldb + n * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Unit left = a[r * lda + s];
+      const Unit x = left(r, s);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) sum[r][n] = P::step(sum[r][n], left, column[n]);
+      for (int n = 0; n < N; n++) sum[r][n] = P::step(sum[r][n], x, column[n]);
     }
   }
+}
+
+// c [R × N vectors] = start + a [R × steps] · b [steps × N vectors]. The start comes last: one rounding beside a long sum
+// instead of one per step, which leaves dk and dv a tenth of the error.
+template <class P, Start start, int R, int N>
+inline __attribute__((always_inline)) void tile(const Unit* __restrict a, long lda, const Unit* __restrict b, long ldb,
+                                                long steps, float* __restrict c, long ldc, const float* factor) {
+  Vec sum[R][N];
+  sum_up<P, R, N>([&](int r, long s) { return a[r * lda + s]; }, b, ldb, steps, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8

@@ -154,14 +154,22 @@ inline std::uint64_t row_bits(const Chunk& c, long r, long panel) {
   return bits;
 }
 
-// The bits of all rows, at bits[r · stride], and whether any is set. What only whole tiles and padding cut looks the same to every row.
+// The bits of all rows, at bits[r · stride], and whether any is set. Where no interval cuts the panel, what whole tiles and padding
+// hide looks the same to every row, and what one tile hides lies row by row in the table.
 inline bool all_row_bits(const Chunk& c, long panel, std::uint64_t* bits, long stride) {
   const Visible& v = c.problem->visible;
-  const long start = panel * PANEL, end = least(start + PANEL, c.problem->kv_len);
-  bool alike = !c.blind_rows && c.lo_most <= start && c.hi_least >= end;
-  for (long t = c.slot ? start / v.kv_tile : 0; c.slot && t < v.kv_tiles && t * v.kv_tile < end; t++) alike = alike && c.slot[t] < 0;
+  const long start = panel * PANEL, end = least(start + PANEL, c.problem->kv_len), tile = start / v.kv_tile;
+  const bool between = !c.blind_rows && c.lo_most <= start && c.hi_least >= end;
+  bool cut = false;
+  for (long t = tile; c.slot && t < v.kv_tiles && t * v.kv_tile < end; t++) cut = cut || c.slot[t] >= 0;
   std::uint64_t any = 0;
-  for (long r = 0; r < c.per_head; r++) any |= bits[r * stride] = r && alike ? bits[0] : row_bits(c, r, panel);
+  if (between && cut && end <= (tile + 1) * v.kv_tile) {
+    const std::uint64_t* row = v.table + (c.slot[tile] * v.q_tile + c.first % v.q_tile) * v.words;
+    const std::uint64_t real = ones(end - start) & (c.valid_bits ? valid_word(c, panel) : ~std::uint64_t(0));
+    for (long r = 0; r < c.per_head; r++) any |= bits[r * stride] = real & bits_at(row + r * v.words, v.words, start - tile * v.kv_tile);
+    return any;
+  }
+  for (long r = 0; r < c.per_head; r++) any |= bits[r * stride] = r && between && !cut ? bits[0] : row_bits(c, r, panel);
   return any;
 }
 

@@ -120,6 +120,37 @@ def test_peak_memory_is_below_ten_times_the_inputs(mask: SlidingWindow | None, b
     assert peak < scores / 2
 
 
+@pytest.mark.parametrize("demand", ["causal", "window", "padding", "all"])
+@pytest.mark.parametrize("empty", [None, 0, 2])
+@pytest.mark.parametrize("budget", [1, gather.CPU_SCORES])
+def test_lists_in_order_are_masked_from_the_first_cut_key_on(
+    monkeypatch: pytest.MonkeyPatch, demand: str, empty: int | None, budget: int
+) -> None:
+    """Keys that every row sees come first, cut ones and pads last; where a block has no list at all, its rows are zero."""
+    valid = torch.arange(96)[None] != torch.tensor([[40], [7]])
+    base = {
+        "causal": lambda: BaseMask.build(96, 96, causal=True),
+        "window": lambda: BaseMask.build(96, 96, causal=True, window=50),
+        "padding": lambda: BaseMask.build(96, 96, causal=False, valid=valid),
+        "all": lambda: BaseMask.build(96, 96, causal=False),
+    }[demand]()
+    monkeypatch.setattr(gather, "CPU_SCORES", budget)
+    index = torch.arange(96).repeat(1, 2, 6, 1)
+    index[
+        index >= (16 * torch.arange(6) + torch.tensor([[9], [16]]))[None, :, :, None]
+    ] = -1  # 9 or 16 keys of their own
+    if empty is not None:
+        index[:, :, empty] = -1
+    found = []
+    for module in (gather, reference):
+        q, k, v = (random(2, 2, 96, 8, seed=i).requires_grad_() for i in range(3))
+        out, lse = module.attend(AttentionCall(q, k, v, KeySelection(index, 16), base, 0.4))
+        seen = lse[lse > -torch.inf].sum()
+        found.append([out, lse, *torch.autograd.grad(out.square().sum() + seen, [q, k, v])])
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
+        assert_close(a, b, 1e-9, name)
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("run", [1, 4])
 def test_disjoint_groups_are_read_where_they_are(per_head: bool, run: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import foveal
+from foveal.core.base_mask import BaseMask
 from foveal.core.errors import ShapeError, UnsupportedError
 from foveal.core.layouts import Groups, KeySelection, Layout, block_mask
 from foveal.kernels import native
@@ -336,6 +337,22 @@ def test_block_masks_on_every_instruction_set(isa: str, tile: tuple[int, int], m
     bias = torch.linspace(-1, 1, 4 * 161, dtype=torch.float64).view(4, 161)
     check(random_call(2, sizes, mask, True, softcap=1.5, scale=-0.4, bias=bias), torch.float32)
     check_gradients(random_call(2, sizes, mask, True, softcap=1.5, scale=-0.4, bias=bias), torch.float32)
+
+
+def test_padding_among_the_keys_of_cut_tiles(isa: str) -> None:
+    """Holes that no interval of keys tells: in tiles as wide as a panel, wider and narrower."""
+    valid = torch.rand(2, 200, generator=torch.Generator().manual_seed(0)) < 0.7
+    base = BaseMask.build(130, 200, causal=False, valid=valid)
+    for tile in ((64, 64), (65, 128), (32, 32)):
+        mask = random_blocks(torch.Generator().manual_seed(1), 2, 2, 130, 200, tile, True)
+        low, exact = lowered(random_call(3, (2, 2, 1, 130, 200, 32, 32), mask), torch.float32)
+        found = [
+            compute(AttentionCall(c.q, c.k, c.v, mask, base, 0.2), impl)
+            for c, impl in ((low, "native"), (exact, "reference"))
+        ]
+        for name, a, b in zip(("out", "lse"), *found, strict=True):
+            assert a is not None and b is not None
+            assert_close(a, b, 1e-5, name)
 
 
 @KINDS
