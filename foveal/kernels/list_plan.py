@@ -17,8 +17,19 @@ def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
     blocks, width = layout.index.shape[2:]
     row_heads, _ = _row_heads(call, layout)
     reads = call.q.shape[0] * row_heads * blocks * width
-    covers = width > 0 and layout.index.device.type == "cpu" and bool((layout.index[..., 0] >= 0).all())
-    return Plan(lambda: _batches(call, layout, budget), layout.block_size, 1, key_reads=reads, covers=covers)
+    known = width > 0 and layout.index.device.type == "cpu"  # asking another device makes this one wait
+    whole = known and _whole(call, layout)
+    covers = whole or (known and bool((layout.index[..., 0] >= 0).all()))
+    return Plan(lambda: _batches(call, layout, budget, whole), layout.block_size, 1, key_reads=reads, covers=covers)
+
+
+def _whole(call: AttentionCall, layout: KeySelection) -> bool:
+    """Whether every row sees its whole list, and no list has pads."""
+    base = call.base
+    if base.predicate is not None or base.valid is not None or bool((layout.index < 0).any()):
+        return False
+    lo, hi = _bounds(call, layout)
+    return int(lo.max()) <= int(layout.index.min()) and int(layout.index.max()) < int(hi.min())
 
 
 def _row_heads(call: AttentionCall, layout: KeySelection) -> tuple[int, int]:
@@ -33,7 +44,7 @@ def _bounds(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
     return (lo, hi) if layout.limit is None else (lo, torch.minimum(hi, layout.limit))
 
 
-def _batches(call: AttentionCall, layout: KeySelection, budget: int) -> Iterator[Batch]:
+def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool) -> Iterator[Batch]:
     base, device, size = call.base, call.q.device, layout.block_size
     batch, heads, kv_heads, group = call.q.shape[0], call.q.shape[1], call.k.shape[1], call.groups
     row_heads, per_row = _row_heads(call, layout)
@@ -45,17 +56,18 @@ def _batches(call: AttentionCall, layout: KeySelection, budget: int) -> Iterator
     lo, hi = (_by_block(x, blocks, size) for x in _bounds(call, layout))
     for part in split_rows(blocks, batch * row_heads * per_row * size * width, budget):
         index = layout.index[:, :, part]
-        listed = (index >= 0).flatten(0, 2).any(0).nonzero()
-        if listed.numel() == 0:
-            continue
-        index = index[..., : int(listed[-1]) + 1]
+        if not whole:
+            listed = (index >= 0).flatten(0, 2).any(0).nonzero()
+            if listed.numel() == 0:
+                continue
+            index = index[..., : int(listed[-1]) + 1]
         u = torch.arange(part.start, part.stop, device=device)
         count = batch * row_heads * u.shape[0]
-        first, hidden = _hidden(call, index, u, lo[:, part], hi[:, part], size)
+        first, hidden = (0, None) if whole else _hidden(call, index, u, lo[:, part], hi[:, part], size)
         hide = None
         if hidden is not None:
             hide = first, hidden.expand(batch, row_heads, -1, -1, -1).reshape(count, 1, size, -1)
-        seen = index.clamp(min=0)
+        seen = index if whole else index.clamp(min=0)
         bias = None
         if call.bias is not None:
             rows = u[:, None] * size + torch.arange(size, device=device)
