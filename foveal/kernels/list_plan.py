@@ -89,7 +89,9 @@ def _by_block(x: Tensor, blocks: int, size: int) -> Tensor:
     return x.view(x.shape[0], blocks, size)
 
 
-def _hidden(call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tensor, size: int) -> tuple[int, Tensor | None]:
+def _hidden(
+    call: AttentionCall, index: Tensor, u: Tensor, lo: Tensor, hi: Tensor, size: int
+) -> tuple[int, Tensor | None]:
     """``(B or 1, listed heads, blocks, size, K − first)`` bool, True hides, and ``first``; None when every row of these blocks sees its whole list.
 
     Every row sees the first ``first`` keys of its list: those of a causal model are mostly cut at the end.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.base_mask import FULL, PARTIAL, BaseMask
+from ..core.errors import ShapeError
 from .call import compute_dtype
 
 
@@ -119,6 +120,21 @@ def mean_rows(x: Tensor, block: int, keep: Tensor) -> Tensor:
     return block_sums(x, block, None if bool(keep.all()) else keep) / count[:, None, :, None]
 
 
+def check_same_keys(name: str, heads: int, channels: int, k: Tensor) -> None:
+    """Raise unless a state that was made from keys ``(B, heads, N, channels)`` may go on with ``k`` ``(B, Hkv, Nk, D)``.
+
+    A state of another length, batch or block size is rebuilt from ``k``: caches are cropped and reordered. This one is of another model.
+
+    Raises:
+        ShapeError: the numbers differ.
+    """
+    if (heads, channels) != (k.shape[1], k.shape[3]):
+        raise ShapeError(
+            f"{name}: state is of keys with {heads} heads of {channels} channels; expected {k.shape[1]} heads of {k.shape[3]}, those of "
+            "this call, or None. Keep one state per model, request and layer."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSums:
     """Running sums of key blocks, the state of a request; never changed in place.
@@ -144,31 +160,36 @@ class BlockSums:
 
 
 def absorb(state: object, k: Tensor, base: BaseMask, block: int) -> BlockSums:
-    """Block sums of all keys written so far, from the new keys alone when ``state`` holds exactly the older ones."""
+    """Block sums of all keys written so far, from the new keys alone when ``state`` holds exactly the older ones.
+
+    Raises:
+        ShapeError: the state is of another model's keys.
+    """
     filled = filled_keys(base)
     origin = tuple(base.rank[:, 0].tolist()) if base.kv_len else ()
+    old = state if isinstance(state, BlockSums) else None
+    if old is not None:
+        check_same_keys("block_topk", old.sums.shape[1], old.sums.shape[3], k)
     fits = (
-        isinstance(state, BlockSums)
-        and state.block == block
-        and state.origin == origin
+        old is not None
+        and (old.block, old.origin) == (block, origin)
         and base.causal
-        and state.absorbed == filled - base.q_len
-        and state.sums.shape[:2] == k.shape[:2]
+        and old.absorbed == filled - base.q_len
+        and old.sums.shape[0] == k.shape[0]
     )
     keep = torch.ones(1, base.kv_len, dtype=torch.bool, device=k.device) if base.valid is None else base.valid
-    if not fits:
+    if old is None or not fits:
         some = keep[:, :filled]
         sums = block_sums(k[:, :, :filled], block, None if base.valid is None else some)
         return BlockSums(sums, block_counts(some, block), filled, origin, block)
-    assert isinstance(state, BlockSums)
-    first = state.absorbed // block * block  # blocks from here on change
-    lead = state.absorbed - first
-    new, some = k[:, :, state.absorbed : filled], keep[:, state.absorbed : filled]
+    first = old.absorbed // block * block  # blocks from here on change
+    lead = old.absorbed - first
+    new, some = k[:, :, old.absorbed : filled], keep[:, old.absorbed : filled]
     fresh = block_sums(pad(new, (0, 0, lead, 0)), block, pad(some, (lead, 0)))
     grown = block_counts(pad(some, (lead, 0)), block)
     at = first // block
-    extra = at + fresh.shape[2] - state.sums.shape[2]
-    sums, counts = pad(state.sums, (0, 0, 0, max(extra, 0))), pad(state.counts, (0, max(extra, 0)))
+    extra = at + fresh.shape[2] - old.sums.shape[2]
+    sums, counts = pad(old.sums, (0, 0, 0, max(extra, 0))), pad(old.counts, (0, max(extra, 0)))
     rows = max(counts.shape[0], grown.shape[0])
     sums = sums.clone() if extra <= 0 else sums
     counts = counts.expand(rows, -1).clone()

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..core.base_mask import BaseMask
 from ..core.context import SelectContext
-from ..kernels.pooling import filled_keys, keys_before
+from ..kernels.pooling import check_same_keys, filled_keys, keys_before
 from .boundaries import Predictor, boundary_logits, key_features, pick_boundaries
 from .dhsa_chunks import NONE, Chunks, Pooling, head_mean, pool_chunks
 
@@ -46,8 +46,14 @@ class ChunkRule:
     name: tuple[object, ...]
 
     def follow(self, k: Tensor, ctx: SelectContext, state: object) -> Chunks:
-        """The chunks of all keys so far: from ``state`` and the one new key where possible, else from ``k``."""
+        """The chunks of all keys so far: from ``state`` and the one new key where possible, else from ``k``.
+
+        Raises:
+            ShapeError: the state is of another model's keys.
+        """
         base = ctx.base
+        if isinstance(state, Chunks) and state.rule == self.name:
+            check_same_keys("dhsa", state.pooled.shape[1], state.pooled.shape[3], k if self.per_head else k[:, :1])
         filled = filled_keys(base)
         origin = tuple(base.rank[:, 0].tolist())
         leader = self._leader(ctx, filled)

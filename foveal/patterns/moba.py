@@ -14,7 +14,7 @@ from ..core.layouts import Groups, KeySelection, Layout
 from ..core.registry import register
 from ..core.serial import check_range, check_types
 from ..kernels.call import compute_dtype
-from ..kernels.pooling import filled_keys, full_precision
+from ..kernels.pooling import check_same_keys, filled_keys, full_precision
 from .base import Pattern
 from .routed import (
     Sequence,
@@ -129,16 +129,17 @@ class RoutedSums:
 
 
 def grown(state: object, k: Tensor, base: BaseMask, found: list[list[Sequence]], block: int) -> RoutedSums:
-    """Sums over all keys written so far, from the new ones alone when ``state`` holds exactly the older ones."""
+    """Sums over all keys written so far, from the new ones alone when ``state`` holds exactly the older ones.
+
+    Raises:
+        ShapeError: the state is of another model's keys.
+    """
     filled, origin = filled_keys(base), tuple(base.rank[:, 0].tolist())
-    fits = (
-        isinstance(state, RoutedSums)
-        and (state.block, state.origin) == (block, origin)
-        and base.causal
-        and state.absorbed == filled - base.q_len
-        and (state.sums.shape[0], *state.sums.shape[2:]) == (k.shape[0], k.shape[1], k.shape[3])
-    )
-    old = state if fits and isinstance(state, RoutedSums) else None
+    old = state if isinstance(state, RoutedSums) else None
+    if old is not None:
+        check_same_keys("moba", old.sums.shape[2], old.sums.shape[3], k)
+        fits = base.causal and (old.block, old.origin, old.absorbed) == (block, origin, filled - base.q_len)
+        old = old if fits and old.sums.shape[0] == k.shape[0] else None
     first, blocks = (old.absorbed if old else 0), max(parts[0].blocks for parts in found)
     sums = torch.zeros(k.shape[0], blocks, k.shape[1], k.shape[3], dtype=compute_dtype(k.dtype), device=k.device)
     if old is not None:
