@@ -120,7 +120,7 @@ struct Few {
     const long first = p.lists.index ? 0 : c.lo_least / PANEL;
     const long panels = most(0, ceil_div(p.lists.index ? listed : c.hi_most, PANEL) - first);
     const long begin = first + panels * split / splits, end = first + panels * (split + 1) / splits;
-    if (!all_across(c, mine, begin * PANEL, least(end * PANEL, p.lists.index ? listed : p.kv_len))) over(c, mine, begin, end, listed);
+    over(c, mine, whole_across(c, mine, begin, end, p.lists.index ? listed : p.kv_len), end, listed);
     if (splits == 1) return rows.finish(c);
     for (long r = 0; r < c.rows; r++) {
       const long at = (unit * splits + split) * chunk_rows * stacked + r;
@@ -135,15 +135,16 @@ struct Few {
     return {p.lists.index ? 0 : start, p.lists.index ? mine.list + start : nullptr};
   }
 
-  // Keys `start` … `end` of the list, or of all keys, where every row sees each of them.
-  bool all_across(const Chunk& c, const Scratch& mine, long start, long end) const {
+  // The first panels of which every row sees each key, as lists of a causal model begin; the panel after them.
+  long whole_across(const Chunk& c, const Scratch& mine, long begin, long end, long keys) const {
+    long at = begin;
     if constexpr (!P::pairs) {
-      if (across && Across::pays(c.rows) && shows_whole(c, keys_from(mine, start), end - start)) {
-        mine.across.attend(mine.rows, c, c.h / (p.heads / p.kv_heads), keys_from(mine, start), end - start);
-        return true;
-      }
+      if (!across || !Across::pays(c.rows)) return begin;
+      while (at < end && shows_whole(c, keys_from(mine, at * PANEL), least(PANEL, keys - at * PANEL))) at++;
+      if (at == begin) return begin;
+      mine.across.attend(mine.rows, c, c.h / (p.heads / p.kv_heads), keys_from(mine, begin * PANEL), least(at * PANEL, keys) - begin * PANEL);
     }
-    return false;
+    return at;
   }
 
   // Panels `begin` … `end` of the list, or of all keys.

@@ -96,6 +96,11 @@ def test_past_keys_of_a_causal_model_are_whole_and_its_own_are_cut() -> None:
 def test_entropy() -> None:
     call = random_call(6, (1, 2, 1, 128, 300, 64, 64), lists(128, 300, 64, 200), causal=False, scale=1.0)
     check_entropy(call, torch.float32)
+    index = torch.arange(300).repeat(1, 1, 3, 1)
+    index[index >= 64 * torch.arange(2, 5)[:, None]] = -1
+    check_entropy(
+        random_call(6, (1, 2, 1, 192, 300, 64, 64), KeySelection(index, 64)), torch.float32
+    )  # whole, then cut
 
 
 def test_keys_and_values_of_any_strides() -> None:
