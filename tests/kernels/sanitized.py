@@ -14,9 +14,9 @@ import pytest
 NAME = "foveal.kernels.native._native"
 TESTS = (
     "random_calls or edges or block_masks_on or few_rows or lists_of_keys or groups or entropy or demand or strides or see_nothing "
-    "or huge or nan or bitwise or many_threads or corrupt or door or any_rows or bounds or made_in_place"
+    "or huge or nan or bitwise or many_threads or corrupt or door or any_rows or bounds or made_in_place or padding or across"
 )
-FILES = ("test_native.py", "test_native_rows.py", "test_linear_native.py")
+FILES = ("test_native.py", "test_across.py", "test_native_rows.py", "test_linear_native.py")
 
 if __name__ == "__main__":
     (library,) = Path(sys.argv[1]).glob("_native*.so")
