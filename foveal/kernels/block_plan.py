@@ -19,7 +19,7 @@ from ..core.errors import ShapeError
 from ..core.layouts import BlockMask, block_mask_kinds
 from .call import AttentionCall, relative_index
 from .prepared import prepared
-from .rows import Batch, Plan, split_rows
+from .rows import Batch, Buffers, Plan, split_rows
 
 DENSE_BLOCK = 128
 TABLE_KEYS = 4096
@@ -259,13 +259,14 @@ def _at(cut: _Cut, tiles: _Tiles, of: Tensor, run: tuple[int, int, int, int]) ->
     ]
 
 
-def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice) -> Tensor | None:
-    """What is hidden in the cut tiles of rows ``part`` of a run, ``(R or 1, G or 1, q_block, cut tiles, kv_block)``."""
+def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, buffers: Buffers) -> Tensor | None:
+    """What is hidden in the cut tiles of rows ``part`` of a run, ``(R or 1, G or 1, q_block, cut tiles, kv_block)``; until the next one."""
     hidden = None
-    for cut, slots in zip(tiles.cuts, tiles.slots, strict=True):
+    for number, (cut, slots) in enumerate(zip(tiles.cuts, tiles.slots, strict=True)):
         if cut.table is not None:
             where = slots[run] if slots[run].shape[0] == 1 else slots[run][part]
-            found = cut.table.index_select(0, where.flatten()).unflatten(0, where.shape)
+            room = buffers.get(f"hidden {number}", (where.numel(), *cut.table.shape[1:]), cut.table.dtype)
+            found = torch.index_select(cut.table, 0, where.flatten(), out=room).unflatten(0, where.shape)
         else:
             whole, count, first, _ = tiles.runs[run]
             rows = slice(first + part.start, first + part.stop)
@@ -302,6 +303,7 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
     nqb, nkb = -(-base.q_len // q_block), tiles.order.shape[1]
     q_rows = ((tiles.b * heads)[:, None] + tiles.heads) * nqb + tiles.u[:, None]
     k_first = (tiles.b * kv_heads + torch.div(tiles.heads[:, 0], call.groups, rounding_mode="floor")) * nkb
+    buffers = Buffers(device)  # memory of several MiB that is new in every batch costs as much as the products
     for run, (whole, cut, start, end) in enumerate(tiles.runs):
         count = whole + cut
         k_rows = k_first[start:end, None] + tiles.order[start:end, :count]
@@ -309,7 +311,7 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
             at = slice(start + part.start, start + part.stop)
             hide = bias = None
             if cut:
-                hidden = _hide(call, tiles, run, part)
+                hidden = _hide(call, tiles, run, part, buffers)
                 hide = None if hidden is None else (whole * kv_block, hidden)
             if call.bias is not None:
                 index = tiles.order[at, :count]
