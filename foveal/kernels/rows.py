@@ -28,7 +28,7 @@ KEPT_BYTES = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """R small attentions of the same shape.
+    """R small attentions of the same shape; what ``hide`` holds may be overwritten when the next batch is made.
 
     Attributes:
         q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is written by at most one attention, unless the
