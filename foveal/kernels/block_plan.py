@@ -303,7 +303,7 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
     nqb, nkb = -(-base.q_len // q_block), tiles.order.shape[1]
     q_rows = ((tiles.b * heads)[:, None] + tiles.heads) * nqb + tiles.u[:, None]
     k_first = (tiles.b * kv_heads + torch.div(tiles.heads[:, 0], call.groups, rounding_mode="floor")) * nkb
-    buffers = Buffers(device)  # memory of several MiB that is new in every batch costs as much as the products
+    buffers = Buffers(device)  # one copy of what is hidden, written anew for each batch
     for run, (whole, cut, start, end) in enumerate(tiles.runs):
         count = whole + cut
         k_rows = k_first[start:end, None] + tiles.order[start:end, :count]

@@ -26,10 +26,11 @@ def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
 def _whole(call: AttentionCall, layout: KeySelection) -> bool:
     """Whether every row sees its whole list, and no list has pads."""
     base = call.base
-    if base.predicate is not None or base.valid is not None or bool((layout.index < 0).any()):
+    if base.predicate is not None or base.valid is not None:
         return False
-    lo, hi = _bounds(call, layout)
-    return int(lo.max()) <= int(layout.index.min()) and int(layout.index.max()) < int(hi.min())
+    first, last = layout.index.aminmax()
+    lo, hi = _bounds(call, layout)  # lo is never below 0, a pad is
+    return bool((first >= lo.max()) & (last < hi.min()))
 
 
 def _row_heads(call: AttentionCall, layout: KeySelection) -> tuple[int, int]:

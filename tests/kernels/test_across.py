@@ -10,11 +10,9 @@ import foveal
 from foveal.core.base_mask import BaseMask
 from foveal.core.layouts import Groups, KeySelection
 from foveal.kernels import native
-from foveal.kernels.call import AttentionCall
-from foveal.kernels.dispatch import compute
 
 from ..support import assert_close
-from .test_native import attend, check, check_entropy, check_gradients, lowered, random_call
+from .test_native import attend, check, check_entropy, check_gradients, check_under, lowered, random_call
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "isa"),
@@ -82,15 +80,8 @@ def test_past_keys_of_a_causal_model_are_whole_and_its_own_are_cut() -> None:
     check(call, torch.float32)
     valid = torch.ones(2, 256, dtype=torch.bool)
     valid[1, 10:50] = False
-    low, exact = lowered(call, torch.float32)
-    for base in (BaseMask.build(256, 256, causal=True, valid=valid), BaseMask.build(256, 256, causal=True, window=150)):
-        found = [
-            compute(AttentionCall(c.q, c.k, c.v, c.layout, base, 0.125), impl)
-            for c, impl in ((low, "native"), (exact, "reference"))
-        ]
-        for name, a, b in zip(("out", "lse"), *found, strict=True):
-            assert a is not None and b is not None
-            assert_close(a, b, 1e-5, name)
+    check_under(BaseMask.build(256, 256, causal=True, valid=valid), call)
+    check_under(BaseMask.build(256, 256, causal=True, window=150), call)
 
 
 def test_entropy() -> None:
