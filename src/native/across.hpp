@@ -182,7 +182,7 @@ class Across {
   // Products become weights, in place.
   template <bool measured>
   void softmax(long first, long vectors, long keys) const {
-    const float by = p.scale == 0.0f ? 1.0f : (p.scale < 0 ? -p.scale : p.scale) * LOG2_E;
+    const float by = factor_of(p);
     const long rows = vectors * LANES;
     for (long n = 0; n < rows; n += LANES) {
       Vec best = load(s + n);

@@ -14,6 +14,9 @@ inline Vec tanh(Vec x) {  // 1 − 2 / (1 + e^2x)
 
 inline bool shaped(const Problem& p) { return p.softcap != 0.0f || p.bias; }  // more than a factor
 
+// Of products that are not shaped; a negative scale's sign, and a scale of 0, are in the queries.
+inline float factor_of(const Problem& p) { return p.scale == 0.0f ? 1.0f : (p.scale < 0 ? -p.scale : p.scale) * LOG2_E; }
+
 // s: products of one row and 64 keys from `first` on, or of the `count` keys of `list`; become logits in base 2.
 inline void shape_logits(const Problem& p, long h, long i, long first, const std::int64_t* list, long count, float* s) {
   float biases[PANEL];

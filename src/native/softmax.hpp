@@ -113,7 +113,7 @@ struct Softmax {
   template <bool measured>
   void softmax_as(long first, long rows, long width) const {
     constexpr long ld = BLOCK_PANELS<P> * PANEL;
-    const float by = shaped(p) ? 1.0f : p.scale == 0.0f ? 1.0f : (p.scale < 0 ? -p.scale : p.scale) * LOG2_E;
+    const float by = shaped(p) ? 1.0f : factor_of(p);
     for (long r = first; r < first + rows; r++) {
       const float* row = s + r * ld;
       Vec top = load(row);
