@@ -15,7 +15,7 @@ from ..core.layouts import Layout
 from ..core.registry import register
 from ..core.serial import check_range, check_types
 from .base import Pattern
-from .near import BLOCK, Places, near_layout
+from .near import BLOCK, Places, near_layout, rows_of
 
 TRAINED_TOKENS = 64 * 64 + 512
 """Image and text tokens of the model that CLEAR converts, at the resolution it was trained on."""
@@ -102,8 +102,7 @@ class Disc(Pattern):
         memo = ("disc", self.radius, grid, self.text, self.tile)
         if memo not in base.cache:
             places = self.places(grid, base.kv_len).to(base.device)
-            own = (torch.arange(base.q_len, device=base.device) + base.shift).clamp(0, base.kv_len - 1)
-            base.cache[memo] = near_layout(places[own], places, self.radius**2, self.block)
+            base.cache[memo] = near_layout(rows_of(places, base), places, self.radius**2, self.block)
         return base.cache[memo], state
 
     def fit(self, base: BaseMask, given: tuple[int, ...] | None = None) -> tuple[int, int]:

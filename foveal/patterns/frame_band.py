@@ -15,7 +15,7 @@ from ..core.layouts import Layout
 from ..core.registry import register
 from ..core.serial import check_range, check_types
 from .base import LookAhead, Pattern
-from .near import Places, near_layout
+from .near import Places, near_layout, rows_of
 
 
 @register("pattern", "frame_band")
@@ -79,8 +79,7 @@ class FrameBand(Pattern):
             x = slot % size if self.order == "frames" else torch.div(slot, self.frames, rounding_mode="floor")
             text = torch.arange(base.kv_len, device=base.device) < self.text
             places = Places(torch.zeros_like(x).int(), x.int(), text)
-            own = (torch.arange(base.q_len, device=base.device) + base.shift).clamp(0, base.kv_len - 1)
-            base.cache[memo] = near_layout(places[own], places, half**2 + 1)
+            base.cache[memo] = near_layout(rows_of(places, base), places, half**2 + 1)
         return base.cache[memo], state
 
     def _frame(self, base: BaseMask) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.base_mask import FULL, PARTIAL, Predicate
+from ..core.base_mask import FULL, PARTIAL, BaseMask, Predicate
 from ..core.layouts import BlockMask, block_mask
 
 BLOCK = 128
@@ -69,12 +69,20 @@ def near_layout(q: Places, k: Places, limit: int, block: int = BLOCK) -> BlockMa
     return block_mask(kinds[None, None], (block, block), (len(q), len(k)), _mask_mod(q, k, limit))
 
 
+def rows_of(places: Places, base: BaseMask) -> Places:
+    """Places of the query rows, where ``places`` are those of the keys."""
+    if base.shift == 0 and base.q_len == base.kv_len:
+        return places
+    return places[(torch.arange(base.q_len, device=base.device) + base.shift).clamp(0, base.kv_len - 1)]
+
+
 def tile_kinds(q: Places, k: Places, limit: int, block: int) -> Tensor:
     """``(q blocks, key blocks)`` int8 of EMPTY, PARTIAL, FULL, all three exact.
 
     The boxes around two blocks decide most pairs; of the others runs are compared.
     """
-    rows, cols = _runs(q, block), _runs(k, block)
+    cols = _runs(k, block)
+    rows = cols if q is k else _runs(q, block)
     kinds = torch.empty(rows.y.shape[0], cols.y.shape[0], dtype=torch.int8, device=q.y.device)
     around = _boxes(cols)
     for part in torch.arange(kinds.shape[0], device=q.y.device).split(max(1, _PAIRS // max(kinds.shape[1], 1))):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from foveal.core.base_mask import EMPTY, FULL, PARTIAL, BaseMask
 from foveal.core.errors import ShapeError
@@ -28,6 +28,17 @@ def test_kinds_survive_the_block_mask(seed: int, heads: int, rows: int, cols: in
     assert (mask.q_indices is not None) == transpose
     if transpose:
         assert mask.q_num_blocks.sum() == (kinds == PARTIAL).sum()
+
+
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 5), st.integers(1, 6))
+def test_query_lists_are_those_of_torch(seed: int, heads: int, rows: int, cols: int) -> None:
+    ours = block_mask(random_kinds(seed, 2, heads, rows, cols), (4, 8), (rows * 4, cols * 8))
+    theirs = BlockMask.from_kv_blocks(
+        ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices, BLOCK_SIZE=(4, 8)
+    )
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        mine, torchs = getattr(ours, name), getattr(theirs, name)
+        assert torch.equal(mine, torchs) and mine.dtype == torchs.dtype and mine.is_contiguous()
 
 
 def test_kinds_of_a_torch_mask() -> None:
