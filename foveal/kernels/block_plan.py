@@ -39,6 +39,7 @@ class _Cut:
         table: ``(T + 1, q_block, kv_block)`` of distinct tiles, −inf (float32) or True (bool) hides; one entry hides nothing. None
             when the tiles are too many to keep: they are evaluated batch by batch.
         slot: ``(B or 1, H or 1, nqb, nkb)`` int64 index into ``table``.
+        nothing: the entry that hides nothing.
     """
 
     mod: Predicate
@@ -46,6 +47,7 @@ class _Cut:
     reads_head: bool
     table: Tensor | None = None
     slot: Tensor | None = None
+    nothing: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,7 @@ class _Tiles:
         order: ``(T, nkb)`` int32 key tiles of these rows, whole ones first, then cut ones.
         runs: ``(whole, cut, start, end)`` of every group of rows.
         cuts: the conditions that cut tiles.
+        rows: ``b·H·nqb + h·nqb + u`` of every tile row's first head.
         slots: for every condition with a table, per run ``(rows, G or 1, cut tiles)`` entries of it; ``(1, …)`` where all rows agree.
     """
 
@@ -69,6 +72,7 @@ class _Tiles:
     order: Tensor
     runs: list[tuple[int, int, int, int]]
     cuts: list[_Cut]
+    rows: list[int]
     slots: list[list[Tensor]]
 
 
@@ -121,7 +125,8 @@ def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
     line = torch.div(rows, nqb, rounding_mode="floor")
     u, b, h = rows % nqb, torch.div(line, heads // per_row, rounding_mode="floor"), line % (heads // per_row)
     own_heads = (h * per_row)[:, None] + torch.arange(per_row, device=rows.device)
-    tiles = _Tiles(size, b, u, own_heads, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end), [])
+    first = ((b * heads + own_heads[:, 0]) * nqb + u).tolist()
+    tiles = _Tiles(size, b, u, own_heads, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end), first, [])
     for cut in tiles.cuts:
         slots = [_at(cut, tiles, cut.slot, run) for run in runs] if cut.slot is not None else []
         tiles.slots.append([x[:1] if bool((x == x[:1]).all()) else x for x in slots])
@@ -206,7 +211,7 @@ def _cut(
         table, same = _distinct(table)
     if table.numel() <= PENALTIES:
         table = torch.zeros(table.shape, device=table.device).masked_fill_(table, -torch.inf)
-    return _Cut(mod, active, reads_head, table, same[torch.where(active, number, total)])
+    return _Cut(mod, active, reads_head, table, same[torch.where(active, number, total)], same[total])
 
 
 def _ends(base: BaseMask, where: Tensor, size: tuple[int, int]) -> Tensor:
@@ -264,9 +269,10 @@ def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, buffers: Bu
     hidden = None
     for number, (cut, slots) in enumerate(zip(tiles.cuts, tiles.slots, strict=True)):
         if cut.table is not None:
-            where = slots[run] if slots[run].shape[0] == 1 else slots[run][part]
-            room = buffers.get(f"hidden {number}", (where.numel(), *cut.table.shape[1:]), cut.table.dtype)
-            found = torch.index_select(cut.table, 0, where.flatten(), out=room).unflatten(0, where.shape)
+            entries = _entries(slots[run], part, tiles.size[0])
+            room = buffers.get(f"hidden {number}", (entries.numel(), tiles.size[1]), cut.table.dtype)
+            found = torch.index_select(cut.table.flatten(0, 1), 0, entries.view(-1), out=room)
+            found = found.view(*entries.shape, tiles.size[1])
         else:
             whole, count, first, _ = tiles.runs[run]
             rows = slice(first + part.start, first + part.stop)
@@ -281,9 +287,15 @@ def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, buffers: Bu
                 tiles.size,
             )
             active = _at(cut, tiles, cut.active, (whole, count, rows.start, rows.stop))
-            found = pairs & active[..., None, None]
+            found = (pairs & active[..., None, None]).transpose(2, 3)
         hidden = found if hidden is None else _either(hidden, found)
-    return None if hidden is None else hidden.transpose(2, 3)
+    return hidden
+
+
+def _entries(slots: Tensor, part: slice, q_block: int) -> Tensor:
+    """``(R or 1, G or 1, q_block, tiles)``: the rows of the flattened table that the tiles ``slots`` of rows ``part`` are made of."""
+    where = slots if slots.shape[0] == 1 else slots[part]
+    return where[:, :, None] * q_block + torch.arange(q_block, device=where.device)[:, None]
 
 
 def _either(a: Tensor, b: Tensor) -> Tensor:
@@ -303,16 +315,21 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
     nqb, nkb = -(-base.q_len // q_block), tiles.order.shape[1]
     q_rows = ((tiles.b * heads)[:, None] + tiles.heads) * nqb + tiles.u[:, None]
     k_first = (tiles.b * kv_heads + torch.div(tiles.heads[:, 0], call.groups, rounding_mode="floor")) * nkb
-    buffers = Buffers(device)  # one copy of what is hidden, written anew for each batch
+    buffers = Buffers(device)  # one copy of what is hidden, written anew when it changes
     for run, (whole, cut, start, end) in enumerate(tiles.runs):
         count = whole + cut
         k_rows = k_first[start:end, None] + tiles.order[start:end, :count]
+        alike = _alike(tiles, run) if cut else True
+        own = None if alike else _own_start(tiles, run)
+        hidden = _hide(call, tiles, run, slice(0, end - start), buffers) if cut and alike else None
         for part in split_rows(end - start, per_row * q_block * count * kv_block, budget):
             at = slice(start + part.start, start + part.stop)
-            hide = bias = None
-            if cut:
+            begin = bias = None
+            if own is not None:
+                entries = _entries(own[1], part, q_block).expand(-1, per_row, -1, -1)
+                begin = own[0], entries.reshape(entries.shape[0], -1, count)
+            elif not alike:
                 hidden = _hide(call, tiles, run, part, buffers)
-                hide = None if hidden is None else (whole * kv_block, hidden)
             if call.bias is not None:
                 index = tiles.order[at, :count]
                 q_pos = (
@@ -321,4 +338,29 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
                 k_pos = (index[:, :, None] * kv_block + torch.arange(kv_block, device=device))[:, None, None]
                 column = relative_index(call, q_pos, k_pos) + tiles.heads[at, :, None, None, None] * call.bias.shape[1]
                 bias = column.reshape(index.shape[0], per_row * q_block, -1)
-            yield Batch(q_rows[at], k_rows[part], hide, bias)
+            hide = None if hidden is None else (whole * kv_block, hidden)
+            first, last = tiles.rows[at.start], tiles.rows[at.stop - 1] + 1
+            together = per_row == 1 and last - first == at.stop - at.start  # rows of a run are in ascending order
+            yield Batch(q_rows[at], k_rows[part], hide, bias, begin, slice(first, last) if together else None)
+
+
+def _alike(tiles: _Tiles, run: int) -> bool:
+    """Whether the same pairs are hidden in all rows of a run."""
+    return all(
+        cut.table is not None and slots[run].shape[0] == 1 for cut, slots in zip(tiles.cuts, tiles.slots, strict=True)
+    )
+
+
+def _own_start(tiles: _Tiles, run: int) -> tuple[Tensor, Tensor] | None:
+    """``(rows of the table, (rows, G or 1, tiles) entries of it)`` for a run of which each row hides pairs of its own.
+
+    None where it takes less to mask the cut tiles after the product: many whole tiles, several conditions, masks that are bool.
+    """
+    whole, cut, _, _ = tiles.runs[run]
+    if len(tiles.cuts) != 1 or cut < whole:
+        return None
+    (condition,), (slots,) = tiles.cuts, tiles.slots
+    if condition.table is None or condition.nothing is None or condition.table.dtype == torch.bool:
+        return None
+    nothing = condition.nothing.expand(*slots[run].shape[:2], whole)
+    return condition.table.flatten(0, 1), torch.cat([nothing, slots[run]], -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.base_mask import BaseMask
 from ..core.layouts import Groups
 from .call import AttentionCall, relative_index
-from .rows import Batch, Plan, penalties, split_rows
+from .rows import Batch, Plan, consecutive_rows, penalties, split_rows
 
 
 def group_plan(call: AttentionCall, layout: Groups, budget: int) -> Plan:
@@ -126,23 +126,13 @@ class _Rows:
 _direct: weakref.WeakKeyDictionary[Groups, dict[tuple[int, ...], _Rows | None]] = weakref.WeakKeyDictionary()
 
 
-def _unit(index: Tensor, sizes: Tensor, length: int) -> int:
-    """Most consecutive rows, up to 16, in which all groups can be read: runs that begin at multiples of it."""
-    for unit in (16, 8, 4, 2):
-        if length % unit == 0 and not bool((sizes % unit).any()):
-            runs = index.view(-1, unit)
-            steps = torch.arange(unit, device=index.device)
-            if not bool((runs[:, 0] % unit).any()) and bool((runs == runs[:, :1] + steps).all()):
-                return unit
-    return 1
-
-
 def _direct_rows(layout: Groups, heads: int, kv_heads: int, q_len: int, kv_len: int) -> _Rows | None:
     n_q, n_k = layout.cu_q.diff(), layout.cu_k.diff()
     sizes = torch.unique(torch.stack([n_q, n_k], -1), dim=0)
     if sizes.shape[0] > FEW_SIZES or int(torch.bincount(layout.q_index).max()) > 1:
         return None
-    q_unit, k_unit = _unit(layout.q_index, sizes[:, 0], q_len), _unit(layout.k_index, sizes[:, 1], kv_len)
+    q_unit = consecutive_rows(layout.q_index, sizes[:, 0].tolist(), q_len)
+    k_unit = consecutive_rows(layout.k_index, sizes[:, 1].tolist(), kv_len)
     device = layout.q_index.device
     h = torch.arange(1 if layout.per_head else heads, device=device)[:, None, None]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.layouts import KeySelection
 from .call import AttentionCall, compute_dtype, relative_index
-from .rows import LOG2_E, Batch, Plan, scratch, split_rows
+from .rows import LOG2_E, Batch, Plan, consecutive_rows, scratch, split_rows
 
 
 def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
@@ -20,7 +20,13 @@ def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
     known = width > 0 and layout.index.device.type == "cpu"  # asking another device makes this one wait
     whole = known and _whole(call, layout)
     covers = whole or (known and bool((layout.index[..., 0] >= 0).all()))
-    return Plan(lambda: _batches(call, layout, budget, whole), layout.block_size, 1, key_reads=reads, covers=covers)
+    straight = whole and row_heads == call.q.shape[1] and call.bias is None
+    unit = consecutive_rows(layout.index, (width,), call.base.kv_len) if straight else 1
+
+    def batches() -> Iterator[Batch]:
+        return _whole_batches(call, layout, budget, unit) if straight else _batches(call, layout, budget, whole)
+
+    return Plan(batches, layout.block_size, unit, key_reads=reads, covers=covers)
 
 
 def _whole(call: AttentionCall, layout: KeySelection) -> bool:
@@ -43,6 +49,27 @@ def _bounds(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
     """``(B or 1, Nq)`` each: row ``i`` sees only listed keys ``lo[i] <= k < hi[i]``; padding (−1) is always below."""
     lo, hi = call.base.lo.clamp(min=0), call.base.hi
     return (lo, hi) if layout.limit is None else (lo, torch.minimum(hi, layout.limit))
+
+
+def _whole_batches(call: AttentionCall, layout: KeySelection, budget: int, unit: int) -> Iterator[Batch]:
+    """One list after the other in the order of the rows: what comes out is in place, and neighbors read the same keys.
+
+    ``unit``: keys that are read at once.
+    """
+    (batch, heads), kv_len = call.q.shape[:2], call.base.kv_len
+    of_batch, of_heads, blocks, width = layout.index.shape
+    b, h = torch.arange(batch, device=call.q.device)[:, None], torch.arange(heads, device=call.q.device)
+    source = (b * of_heads if of_batch > 1 else 0) + torch.div(h * of_heads, heads, rounding_mode="floor")
+    first = (b * call.k.shape[1] + torch.div(h, call.groups, rounding_mode="floor")) * (kv_len // unit)
+    source, first = source.expand(batch, heads).reshape(-1), first.view(-1, 1, 1)
+    lists = torch.div(layout.index.reshape(-1, blocks, width)[..., ::unit], unit, rounding_mode="floor")
+    rows = torch.arange(batch * heads * blocks, device=call.q.device)[:, None]
+    for lines in split_rows(batch * heads, blocks * layout.block_size * width, budget):
+        k_rows = (lists[source[lines]] + first[lines]).flatten(0, 1)
+        start = lines.start * blocks
+        for part in split_rows(k_rows.shape[0], layout.block_size * width, budget):
+            run = slice(start + part.start, start + part.stop)
+            yield Batch(rows[run], k_rows[part], run=run)
 
 
 def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Plan, Scores, key_units, logits, scratch
+from .rows import LOG2_E, Batch, Plan, Scores, key_units, logits, scratch
 
 
 class _Ragged(torch.autograd.Function):
@@ -25,34 +25,37 @@ class _Ragged(torch.autograd.Function):
         dtype = compute_dtype(q.dtype)
         d, dv = k.shape[1], v.shape[1]
         out = (torch.empty if plan.covers else torch.zeros)(q.shape[0], dv, dtype=q.dtype, device=q.device)
-        lse = torch.full((q.shape[0],), -torch.inf, dtype=dtype, device=q.device)
+        lse = torch.zeros(q.shape[0], dtype=dtype, device=q.device)  # sums of weights, until all are there
+        plain = plan.plain if isinstance(plan.plain, bool) else plan.plain.view(-1, plan.q_unit)
+        top = None if plain is True else torch.full_like(lse, -torch.inf)
         qf, of, lf = q.view(-1, plan.q_unit * d), out.view(-1, plan.q_unit * dv), lse.view(-1, plan.q_unit)
+        tf = None if top is None else top.view(-1, plan.q_unit)
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
-        plain = plan.plain if isinstance(plan.plain, bool) else plan.plain.view(-1, plan.q_unit)
         tiny = torch.finfo(dtype).tiny
         with scratch(q.device) as buffers:
             for batch in plan.batches():
-                qg = buffers.take("q", qf, batch.q_rows, dtype, d)
+                qg = buffers.take("q", qf, batch.q_rows, dtype, d, batch.run)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
-                top = None
-                if plain is not True:
-                    top = s.amax(-1, keepdim=True)
+                if tf is not None:
+                    here = s.amax(-1, keepdim=True)
                     if isinstance(plain, Tensor):
-                        top.masked_fill_(plain[batch.q_rows].view(top.shape), 0.0)
-                    blind = batch.hide is not None or batch.bias is not None
+                        here.masked_fill_(plain[batch.q_rows].view(here.shape), 0.0)
+                    _put(tf, batch, here)
                     # a row that sees nothing gets weights 0, not NaN
-                    s.sub_(top.masked_fill(top == -torch.inf, 0.0) if blind else top)
+                    s.sub_(here.masked_fill(here == -torch.inf, 0.0) if batch.hides else here)
                 norm = s.exp2_().sum(-1, keepdim=True)
-                og = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype))
-                og.div_(norm.clamp(min=tiny))
-                where = batch.q_rows.reshape(-1)
-                of.index_copy_(0, where, og.view(where.shape[0], -1).to(q.dtype))
-                norm.log2_()
-                norm = norm if top is None else norm.add_(top)
-                lf.index_copy_(0, where, norm.mul_(1 / LOG2_E).view(where.shape[0], -1))
+                _put(lf, batch, norm)
+                straight = batch.run is not None and q.dtype == dtype
+                shape = (*qg.shape[:2], dv)
+                og = of[batch.run].view(shape) if straight else buffers.get("out", shape, dtype)
+                torch.bmm(s, vg, out=og).div_(norm.clamp_(min=tiny) if batch.hides else norm)
+                if not straight:
+                    _put(of, batch, og)
+        lse.log2_()
+        lse = (lse if top is None else lse.add_(top)).mul_(1 / LOG2_E)
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.plan, ctx.scores = plan, scores
         return out, lse
@@ -63,6 +66,15 @@ class _Ragged(torch.autograd.Function):
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
         return *found, None, None
+
+
+def _put(target: Tensor, batch: Batch, found: Tensor) -> None:
+    """Write what a batch gave, ``(R, M, C)``, to its rows of ``target`` ``(all_units, unit·C)``."""
+    found = found.view(-1, target.shape[1])
+    if batch.run is not None:
+        target[batch.run].copy_(found)
+    else:
+        target.index_copy_(0, batch.q_rows.reshape(-1), found.to(target.dtype))
 
 
 def attend_rows(

@@ -40,10 +40,10 @@ def gradients(
         for batch in plan.batches():
             r = batch.q_rows.shape[0]
             where, source = batch.q_rows.reshape(-1), batch.k_rows.reshape(-1)
-            qg = buffers.take("q", qf, batch.q_rows, dtype, d)
+            qg = buffers.take("q", qf, batch.q_rows, dtype, d, batch.run)
             kg = buffers.take("k", kf, batch.k_rows, dtype, d)
             vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
-            go = buffers.take("grad_out", gof, batch.q_rows, dtype, dv)
+            go = buffers.take("grad_out", gof, batch.q_rows, dtype, dv, batch.run)
             s, tanh = logits(buffers, qg, kg, batch, scores, flat_table, base2[where].view(r, -1, 1))
             p = s.exp2_()
             part = torch.bmm(p.transpose(1, 2), go, out=_like(buffers, "grad_v", vg))
@@ -54,10 +54,12 @@ def gradients(
                 gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))
-            part = _like(buffers, "grad_q", qg)
+            straight = batch.run is not None and not plan.repeats
+            part = gqf[batch.run].view(qg.shape) if straight else _like(buffers, "grad_q", qg)
             torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
-            write = gqf.index_add_ if plan.repeats else gqf.index_copy_
-            write(0, where, part.view(where.shape[0], -1))
+            if not straight:
+                write = gqf.index_add_ if plan.repeats else gqf.index_copy_
+                write(0, where, part.view(where.shape[0], -1))
             part = _like(buffers, "grad_k", kg)
             torch.baddbmm(part, ds.transpose(1, 2), qg, beta=0, alpha=scores.scale, out=part)
             gkf.index_add_(0, source, part.view(source.shape[0], -1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,12 +37,23 @@ class Batch:
         hide: None, or ``(first_column, mask)``, True (bool) or −inf (float penalties) hides: ``mask`` is ``(R or 1, G or 1, M/G, *columns)`` where the sizes of
             ``columns`` multiply to ``L − first_column`` and consecutive rows are split into G equal parts.
         bias: None, or ``(R, M, L)`` indices into the flattened bias table.
+        start: None, or ``(table, entries)``: what hides pairs comes row by row out of ``table`` ``(·, width)``, −inf hides; ``entries``
+            are ``(R, M, L/width)`` int64. For masks of which every attention has its own: logits are added to it, so that it needs no
+            memory of its own.
+        run: ``q_rows`` as a slice, where they are consecutive.
     """
 
     q_rows: Tensor
     k_rows: Tensor
     hide: tuple[int, Tensor] | None = None
     bias: Tensor | None = None
+    start: tuple[Tensor, Tensor] | None = None
+    run: slice | None = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether a row may be left without any key."""
+        return self.hide is not None or self.start is not None or self.bias is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +111,21 @@ class Buffers:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._store.values())
 
-    def take(self, role: str, source: Tensor, rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-        """Row units ``rows`` ``(R, units)`` of ``source`` ``(all_units, unit·C)`` as ``(R, units·unit, C = width)`` in ``dtype``."""
-        flat = rows.reshape(-1)
-        out = self.get(role, (flat.shape[0], source.shape[1]), source.dtype)
-        torch.index_select(source, 0, flat, out=out)
+    def take(
+        self, role: str, source: Tensor, rows: Tensor, dtype: torch.dtype, width: int, run: slice | None = None
+    ) -> Tensor:
+        """Row units ``rows`` ``(R, units)`` of ``source`` ``(all_units, unit·C)`` as ``(R, units·unit, C = width)`` in ``dtype``.
+
+        ``run``: the same rows as a slice, which is a view where nothing is to be converted.
+        """
+        if run is None:
+            flat = rows.reshape(-1)
+            out = self.get(role, (flat.shape[0], source.shape[1]), source.dtype)
+            torch.index_select(source, 0, flat, out=out)
+        else:
+            out = source[run]
         if source.dtype != dtype:
-            out = self.get(role + " converted", (flat.shape[0], source.shape[1]), dtype).copy_(out)
+            out = self.get(role + " converted", tuple(out.shape), dtype).copy_(out)
         return out.view(rows.shape[0], -1, width)
 
 
@@ -126,8 +145,8 @@ def scratch(device: torch.device) -> Iterator[Buffers]:
             _kept.buffers = buffers
 
 
-def pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:
-    """``out = start + alpha · a·bᵀ`` for ``(R, M, C)`` and ``(R, L, C)``; ``start`` is ``(R, M, 1)``.
+def pair_products(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None = None) -> Tensor:
+    """``out = start + a·bᵀ`` for ``(R, M, C)`` and ``(R, L, C)``; ``start`` is ``(R, M, 1)``, or ``out`` itself.
 
     A single product is run as two halves, because a batch of one keeps only one core busy.
     """
@@ -135,11 +154,11 @@ def pair_products(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, start: 
     view = out
     if r == 1 and m % 2 == 0 and out.device.type == "cpu":
         a, b, view = a.view(2, m // 2, -1), b.expand(2, -1, -1), out.view(2, m // 2, length)
-        start = None if start is None else start.view(2, m // 2, 1)
-    if start is None:
-        torch.baddbmm(view, a, b.transpose(1, 2), beta=0, alpha=alpha, out=view)
+        start = None if start is None else start.view(2, m // 2, -1)
+    if start is None:  # torch.bmm is a tenth faster than torch.baddbmm with beta=0, which clears its output first
+        torch.bmm(a, b.transpose(1, 2), out=view)
     else:
-        torch.baddbmm(start.expand(view.shape), a, b.transpose(1, 2), alpha=alpha, out=view)
+        torch.baddbmm(start.expand(view.shape), a, b.transpose(1, 2), out=view)
     return out
 
 
@@ -154,17 +173,23 @@ def logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Masked base-2 logits ``(R, M, L)``, less ``minus`` ``(R, M, 1)``; and, under a softcap, the tanh that backward needs."""
     s = buffers.get("scores", (qg.shape[0], qg.shape[1], kg.shape[1]), qg.dtype)
+    factor = scores.scale * LOG2_E if scores.softcap is None else scores.scale / scores.softcap
+    qs = torch.mul(qg, factor, out=buffers.get("scaled", tuple(qg.shape), qg.dtype))
     tanh = None
     if scores.softcap is None:
-        pair_products(qg, kg, s, scores.scale * LOG2_E, None if minus is None else minus.neg())
+        start = None if minus is None else minus.neg()
+        if batch.start is not None:
+            start = _starting(s, batch.start) if start is None else _starting(s, batch.start).add_(start)
+        pair_products(qs, kg, s, start)
     else:
-        pair_products(qg, kg, s, scores.scale / scores.softcap)
-        s.tanh_()
+        pair_products(qs, kg, s).tanh_()
         if minus is not None:
             tanh = buffers.get("tanh", tuple(s.shape), s.dtype).copy_(s)
         s.mul_(scores.softcap * LOG2_E)
         if minus is not None:
             s.sub_(minus)
+        if batch.start is not None:
+            s.add_(_starting(buffers.get("start", tuple(s.shape), s.dtype), batch.start))
     if batch.bias is not None and table is not None:
         s.add_(table[batch.bias], alpha=LOG2_E)
     if batch.hide is not None:
@@ -176,6 +201,17 @@ def logits(
         else:
             part.add_(mask)
     return s, tanh
+
+
+def _starting(s: Tensor, start: tuple[Tensor, Tensor]) -> Tensor:
+    """``s`` ``(R, M, L)`` as rows of a table hide its pairs; see :class:`Batch`."""
+    table, entries = start
+    flat = s.view(-1, table.shape[1])
+    if s.dtype == table.dtype:
+        torch.index_select(table, 0, entries.view(-1), out=flat)
+    else:
+        flat.copy_(table[entries.view(-1)])
+    return s
 
 
 def penalties(hidden: Tensor) -> Tensor:
@@ -206,3 +242,21 @@ def split_rows(total: int, score_elements: int, budget: int) -> Iterator[slice]:
         step = 2
     step -= step % 2 if step > 1 else 0
     return (slice(i, min(i + step, total)) for i in range(0, total, step))
+
+
+def consecutive_rows(index: Tensor, sizes: Sequence[int], length: int) -> int:
+    """Most rows, up to 16, that can be read at once: lists of these sizes are runs of so many, which begin at multiples of it.
+
+    Args:
+        index: the lists one after the other, rows of sequences of ``length``.
+    """
+    flat = index.reshape(-1)
+    for unit in (16, 8, 4, 2):
+        if length % unit == 0 and not any(size % unit for size in sizes):
+            runs, steps = flat.view(-1, unit), torch.arange(unit, device=index.device)
+            for some in (runs[:1], runs):  # most lists that have no runs show it at once
+                if bool((some[:, 0] % unit).any()) or bool((some != some[:, :1] + steps).any()):
+                    break
+            else:
+                return unit
+    return 1
