@@ -92,9 +92,11 @@ def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool
         u = torch.arange(part.start, part.stop, device=device)
         count = batch * row_heads * u.shape[0]
         first, hidden = (0, None) if whole else _hidden(call, index, u, lo[:, part], hi[:, part], size)
-        hide = None
-        if hidden is not None:
-            hide = first, hidden.expand(batch, row_heads, -1, -1, -1).reshape(count, 1, size, -1)
+        alike = hidden is not None and hidden.shape[:3] == (1, 1, 1)
+        if hidden is not None and alike:
+            hidden = torch.zeros(hidden.shape[1:], device=device).masked_fill_(hidden[0], -torch.inf)
+        elif hidden is not None:
+            hidden = hidden.expand(batch, row_heads, -1, -1, -1).reshape(count, 1, size, -1)
         seen = index if whole else index.clamp(min=0)
         bias = None
         if call.bias is not None:
@@ -107,7 +109,9 @@ def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool
             bias = column.expand(batch, row_heads, -1, per_row, -1, -1).reshape(count, per_row * size, -1)
         k_rows = (kv_first[:, :, None, None] + seen).view(count, -1)
         q_rows = (q_first[:, :, None] + u[:, None]).view(count, -1)
-        yield Batch(q_rows, k_rows, hide, bias)
+        for some in split_rows(count, per_row * size * k_rows.shape[1], budget):
+            hide = None if hidden is None else (first, hidden if alike else hidden[some])
+            yield Batch(q_rows[some], k_rows[some], hide, None if bias is None else bias[some])
 
 
 def _by_block(x: Tensor, blocks: int, size: int) -> Tensor:

@@ -122,9 +122,11 @@ def test_peak_memory_is_below_ten_times_the_inputs(mask: SlidingWindow | None, b
 
 @pytest.mark.parametrize("demand", ["causal", "window", "padding", "all"])
 @pytest.mark.parametrize("empty", [None, 0, 2])
-@pytest.mark.parametrize("budget", [1, gather.CPU_SCORES])
+@pytest.mark.parametrize("budget", [1, 9000, gather.CPU_SCORES])
+@pytest.mark.parametrize("lists", [1, 2])
+@pytest.mark.parametrize("biased", [False, True])
 def test_lists_in_order_are_masked_from_the_first_cut_key_on(
-    monkeypatch: pytest.MonkeyPatch, demand: str, empty: int | None, budget: int
+    monkeypatch: pytest.MonkeyPatch, demand: str, empty: int | None, budget: int, lists: int, biased: bool
 ) -> None:
     """Keys that every row sees come first, cut ones and pads last; where a block has no list at all, its rows are zero."""
     valid = torch.arange(96)[None] != torch.tensor([[40], [7]])
@@ -141,10 +143,12 @@ def test_lists_in_order_are_masked_from_the_first_cut_key_on(
     ] = -1  # 9 or 16 keys of their own
     if empty is not None:
         index[:, :, empty] = -1
+    index = index[:, :lists]
+    bias = random(2, 2 * 96 - 1, seed=3) if biased else None
     found = []
     for module in (gather, reference):
         q, k, v = (random(2, 2, 96, 8, seed=i).requires_grad_() for i in range(3))
-        out, lse = module.attend(AttentionCall(q, k, v, KeySelection(index, 16), base, 0.4))
+        out, lse = module.attend(AttentionCall(q, k, v, KeySelection(index, 16), base, 0.4, bias=bias))
         seen = lse[lse > -torch.inf].sum()
         found.append([out, lse, *torch.autograd.grad(out.square().sum() + seen, [q, k, v])])
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
