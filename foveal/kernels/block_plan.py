@@ -271,7 +271,7 @@ def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, buffers: Bu
         if cut.table is not None:
             entries = _entries(slots[run], part, tiles.size[0])
             room = buffers.get(f"hidden {number}", (entries.numel(), tiles.size[1]), cut.table.dtype)
-            found = torch.index_select(cut.table.flatten(0, 1), 0, entries.view(-1), out=room)
+            found = torch.index_select(cut.table.flatten(0, 1), 0, entries.flatten(), out=room)
             found = found.view(*entries.shape, tiles.size[1])
         else:
             whole, count, first, _ = tiles.runs[run]

@@ -208,9 +208,9 @@ def _starting(s: Tensor, start: tuple[Tensor, Tensor]) -> Tensor:
     table, entries = start
     flat = s.view(-1, table.shape[1])
     if s.dtype == table.dtype:
-        torch.index_select(table, 0, entries.view(-1), out=flat)
+        torch.index_select(table, 0, entries.flatten(), out=flat)
     else:
-        flat.copy_(table[entries.view(-1)])
+        flat.copy_(table[entries.flatten()])
     return s
 
 
