@@ -273,9 +273,10 @@ def assert_close(got: Tensor, expected: Tensor, atol: float = 1e-10, what: str =
     """Equal within ``atol`` times the larger of 1 and the expected size; infinities must match, NaN never does."""
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     assert not got.isnan().any(), f"{what}: NaN"
-    near = (got.double() - expected.double()).abs() <= atol * expected.double().abs().clamp(min=1)
+    error = (got.double() - expected.double()).abs()
+    near = error <= atol * expected.double().abs().clamp(min=1)
     same = (got == expected) | (near & expected.isfinite())
-    worst = (got.double() - expected.double()).abs().nan_to_num(0).max() if got.numel() else 0.0
+    worst = error.nan_to_num(0).max() if got.numel() else 0.0
     assert bool(same.all()), (
         f"{what}: {int((~same).sum())} of {same.numel()} values differ, by up to {float(worst):.3g}"
     )

@@ -61,7 +61,7 @@ class _Tiles:
         order: ``(T, nkb)`` int32 key tiles of these rows, whole ones first, then cut ones.
         runs: ``(whole, cut, start, end)`` of every group of rows.
         cuts: the conditions that cut tiles.
-        rows: ``b·H·nqb + h·nqb + u`` of every tile row's first head.
+        q_rows: ``(T, G)`` int64 units of the flattened q. first: those of the first head, as numbers.
         slots: for every condition with a table, per run ``(rows, G or 1, cut tiles)`` entries of it; ``(1, …)`` where all rows agree.
     """
 
@@ -72,7 +72,8 @@ class _Tiles:
     order: Tensor
     runs: list[tuple[int, int, int, int]]
     cuts: list[_Cut]
-    rows: list[int]
+    q_rows: Tensor
+    first: list[int]
     slots: list[list[Tensor]]
 
 
@@ -125,8 +126,9 @@ def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:
     line = torch.div(rows, nqb, rounding_mode="floor")
     u, b, h = rows % nqb, torch.div(line, heads // per_row, rounding_mode="floor"), line % (heads // per_row)
     own_heads = (h * per_row)[:, None] + torch.arange(per_row, device=rows.device)
-    first = ((b * heads + own_heads[:, 0]) * nqb + u).tolist()
-    tiles = _Tiles(size, b, u, own_heads, order, runs, _cuts(call, mask, kinds, allowed, joint, past_end), first, [])
+    q_rows = ((b * heads)[:, None] + own_heads) * nqb + u[:, None]
+    cuts = _cuts(call, mask, kinds, allowed, joint, past_end)
+    tiles = _Tiles(size, b, u, own_heads, order, runs, cuts, q_rows, q_rows[:, 0].tolist(), [])
     for cut in tiles.cuts:
         slots = [_at(cut, tiles, cut.slot, run) for run in runs] if cut.slot is not None else []
         tiles.slots.append([x[:1] if bool((x == x[:1]).all()) else x for x in slots])
@@ -309,17 +311,15 @@ def _either(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]:
-    base, device = call.base, call.q.device
+    device = call.q.device
     q_block, kv_block = tiles.size
-    heads, kv_heads, per_row = call.q.shape[1], call.k.shape[1], tiles.heads.shape[1]
-    nqb, nkb = -(-base.q_len // q_block), tiles.order.shape[1]
-    q_rows = ((tiles.b * heads)[:, None] + tiles.heads) * nqb + tiles.u[:, None]
+    kv_heads, per_row, nkb = call.k.shape[1], tiles.heads.shape[1], tiles.order.shape[1]
     k_first = (tiles.b * kv_heads + torch.div(tiles.heads[:, 0], call.groups, rounding_mode="floor")) * nkb
     buffers = Buffers(device)  # one copy of what is hidden, written anew when it changes
     for run, (whole, cut, start, end) in enumerate(tiles.runs):
         count = whole + cut
         k_rows = k_first[start:end, None] + tiles.order[start:end, :count]
-        alike = _alike(tiles, run) if cut else True
+        alike = not cut or _alike(tiles, run)
         own = None if alike else _own_start(tiles, run)
         hidden = _hide(call, tiles, run, slice(0, end - start), buffers) if cut and alike else None
         for part in split_rows(end - start, per_row * q_block * count * kv_block, budget):
@@ -339,9 +339,9 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
                 column = relative_index(call, q_pos, k_pos) + tiles.heads[at, :, None, None, None] * call.bias.shape[1]
                 bias = column.reshape(index.shape[0], per_row * q_block, -1)
             hide = None if hidden is None else (whole * kv_block, hidden)
-            first, last = tiles.rows[at.start], tiles.rows[at.stop - 1] + 1
+            first, last = tiles.first[at.start], tiles.first[at.stop - 1] + 1
             together = per_row == 1 and last - first == at.stop - at.start  # rows of a run are in ascending order
-            yield Batch(q_rows[at], k_rows[part], hide, bias, begin, slice(first, last) if together else None)
+            yield Batch(tiles.q_rows[at], k_rows[part], hide, bias, begin, slice(first, last) if together else None)
 
 
 def _alike(tiles: _Tiles, run: int) -> bool:

@@ -54,10 +54,9 @@ def gradients(
                 gt.index_add_(0, batch.bias.expand(ds.shape).reshape(-1), ds.reshape(-1))
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))
-            straight = batch.run is not None and not plan.repeats
-            part = gqf[batch.run].view(qg.shape) if straight else _like(buffers, "grad_q", qg)
+            part = _like(buffers, "grad_q", qg) if batch.run is None else gqf[batch.run].view(qg.shape)
             torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
-            if not straight:
+            if batch.run is None:
                 write = gqf.index_add_ if plan.repeats else gqf.index_copy_
                 write(0, where, part.view(where.shape[0], -1))
             part = _like(buffers, "grad_k", kg)

@@ -40,7 +40,7 @@ class Batch:
         start: None, or ``(table, entries)``: what hides pairs comes row by row out of ``table`` ``(·, width)``, −inf hides; ``entries``
             are ``(R, M, L/width)`` int64. For masks of which every attention has its own: logits are added to it, so that it needs no
             memory of its own.
-        run: ``q_rows`` as a slice, where they are consecutive.
+        run: ``q_rows`` as a slice, where they are consecutive and the plan does not repeat rows.
     """
 
     q_rows: Tensor
