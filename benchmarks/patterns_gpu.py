@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--cases", nargs="+", choices=[*names, *grids], default=[*names, *grids])
-    parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), default=["flex", "gather"])
+    parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), default=["flex", "triton", "gather"])
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor of grids and windows, for trying the script out"
     )

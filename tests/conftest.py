@@ -1,12 +1,17 @@
-"""Settings that all tests share: reproducible property tests, and no uninitialised memory that happens to hold zeros."""
+"""Settings that all tests share: reproducible property tests, no uninitialised memory that happens to hold zeros,
+and Triton kernels on CPU where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "foveal",

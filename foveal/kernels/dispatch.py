@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import warnings
 import weakref
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..core.base_mask import BaseMask
 from ..core.errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..core.layouts import BlockMask, Groups, KeySelection, Layout
-from . import flex, gather, native, reference, sdpa
+from . import flex, gather, native, reference, sdpa, triton
 from .call import AttentionCall
 from .merge import add_sink
 from .prepared import selected
@@ -30,7 +29,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "sdpa": ("anywhere", "dense attention by torch's own kernel"),
     "native": ("CPU", "C++ kernels"),
     "flex": ("GPU, CPU inference", "compiled FlexAttention for block masks"),
-    "triton": ("GPU", "what FlexAttention cannot express well"),
+    "triton": ("GPU", "Triton kernels for key lists and groups, which FlexAttention cannot express"),
 }
 """Every implementation: where it runs and what it is for."""
 
@@ -61,18 +60,20 @@ def missing(impl: str) -> str | None:
     if impl == "native":
         return native.unavailable()
     if impl == "triton":
-        try:
-            importlib.import_module(f"foveal.kernels.{impl}")
-        except ImportError:
-            return "this version of foveal does not ship it"
+        return triton.unavailable()
     if impl == "flex":
         return flex.unavailable()
     return None
 
 
-def _module(impl: str) -> Any:
-    known = {"reference": reference, "gather": gather, "sdpa": sdpa, "native": native, "flex": flex}
-    return known[impl] if impl in known else importlib.import_module(f"foveal.kernels.{impl}")
+_MODULES: dict[str, Any] = {
+    "reference": reference,
+    "gather": gather,
+    "sdpa": sdpa,
+    "native": native,
+    "flex": flex,
+    "triton": triton,
+}
 
 
 def refusals(impl: str, call: AttentionCall) -> list[str]:
@@ -80,7 +81,7 @@ def refusals(impl: str, call: AttentionCall) -> list[str]:
     why = missing(impl)
     if why:
         return [why]
-    check = getattr(_module(impl), "refusals", None)
+    check = getattr(_MODULES[impl], "refusals", None)
     return check(call) if check else []
 
 
@@ -176,7 +177,7 @@ def compute(call: AttentionCall, impl: str = "auto", sink_logits: Tensor | None 
             raise UnsupportedError(
                 f"impl={impl!r} cannot run this call: it {'; '.join(reasons)}. Use impl='auto', or see foveal.explain(...)."
             )
-    out, lse = _module(impl).attend(call)
+    out, lse = _MODULES[impl].attend(call)
     if sink_logits is not None:
         out, lse = add_sink(out, lse, sink_logits)
     return out, lse

@@ -15,7 +15,7 @@ from .rows import LOG2_E, Batch, Plan, consecutive_rows, scratch, split_rows
 def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
     """The plan over q padded to whole blocks of rows, and k and v, flattened to rows; ``budget`` in score elements per batch."""
     blocks, width = layout.index.shape[2:]
-    row_heads, _ = _row_heads(call, layout)
+    row_heads, _ = sharing(call, layout)
     reads = call.q.shape[0] * row_heads * blocks * width
     known = width > 0 and layout.index.device.type == "cpu"  # asking another device makes this one wait
     whole = known and _whole(call, layout)
@@ -35,17 +35,17 @@ def _whole(call: AttentionCall, layout: KeySelection) -> bool:
     if base.predicate is not None or base.valid is not None:
         return False
     first, last = layout.index.aminmax()
-    lo, hi = _bounds(call, layout)  # lo is never below 0, a pad is
+    lo, hi = row_bounds(call, layout)  # lo is never below 0, a pad is
     return bool((first >= lo.max()) & (last < hi.min()))
 
 
-def _row_heads(call: AttentionCall, layout: KeySelection) -> tuple[int, int]:
+def sharing(call: AttentionCall, layout: KeySelection) -> tuple[int, int]:
     """Lists that are gathered per sequence and block, and query heads that share each."""
     own = layout.index.shape[1] == call.q.shape[1] and call.groups > 1
     return (call.q.shape[1], 1) if own else (call.k.shape[1], call.groups)
 
 
-def _bounds(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
+def row_bounds(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
     """``(B or 1, Nq)`` each: row ``i`` sees only listed keys ``lo[i] <= k < hi[i]``; padding (−1) is always below."""
     lo, hi = call.base.lo.clamp(min=0), call.base.hi
     return (lo, hi) if layout.limit is None else (lo, torch.minimum(hi, layout.limit))
@@ -75,13 +75,13 @@ def _whole_batches(call: AttentionCall, layout: KeySelection, budget: int, unit:
 def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool) -> Iterator[Batch]:
     base, device, size = call.base, call.q.device, layout.block_size
     batch, heads, kv_heads, group = call.q.shape[0], call.q.shape[1], call.k.shape[1], call.groups
-    row_heads, per_row = _row_heads(call, layout)
+    row_heads, per_row = sharing(call, layout)
     blocks, width = layout.index.shape[2:]
     in_group = torch.arange(per_row, device=device)
     b, h = torch.arange(batch, device=device)[:, None], torch.arange(row_heads, device=device)[None, :]
     kv_first = (b * kv_heads + (h // group if per_row < group else h)) * base.kv_len  # (B, row heads)
     q_first = ((b * heads + h * per_row)[:, :, None] + in_group) * blocks  # (B, row heads, G)
-    lo, hi = (_by_block(x, blocks, size) for x in _bounds(call, layout))
+    lo, hi = (_by_block(x, blocks, size) for x in row_bounds(call, layout))
     for part in split_rows(blocks, batch * row_heads * per_row * size * width, budget):
         index = layout.index[:, :, part]
         if not whole:
@@ -174,9 +174,9 @@ def one_row(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor |
         return None
     index = layout.index[:, :, 0]  # (B or 1, listed heads, K)
     batch, kv_heads = call.q.shape[0], call.k.shape[1]
-    row_heads, per_row = _row_heads(call, layout)
+    row_heads, per_row = sharing(call, layout)
     count, dtype = batch * row_heads, compute_dtype(call.q.dtype)
-    lo, hi = _bounds(call, layout)
+    lo, hi = row_bounds(call, layout)
     hidden = (index >= hi[:, :1, None]) | (index < lo[:, :1, None])
     index = index.clamp(min=0)
     if base.valid is not None:

@@ -26,7 +26,7 @@ def gradients(
     dtype = compute_dtype(q.dtype)
     d, dv = k.shape[1], v.shape[1]
     grad_out = grad_out.contiguous()
-    rows_term = _rows_term(grad_out, out, grad_lse.to(dtype)).view(-1, plan.q_unit)
+    rows_term = upstream_term(grad_out, out, grad_lse.to(dtype)).view(-1, plan.q_unit)
     base2 = (
         lse.masked_fill(lse == -torch.inf, 0.0).mul_(LOG2_E).view(-1, plan.q_unit)
     )  # blind rows: all logits are −inf
@@ -70,7 +70,7 @@ def _like(buffers: Buffers, role: str, x: Tensor) -> Tensor:
     return buffers.get(role, tuple(x.shape), x.dtype)
 
 
-def _rows_term(grad_out: Tensor, out: Tensor, grad_lse: Tensor, rows: int = 1 << 13) -> Tensor:
+def upstream_term(grad_out: Tensor, out: Tensor, grad_lse: Tensor, rows: int = 1 << 13) -> Tensor:
     """``d lse − d out·out`` per row: what enters the gradient of every logit of the row with the weight of its pair."""
     term = torch.empty_like(grad_lse)
     for i in range(0, term.shape[0], rows):

@@ -12,7 +12,7 @@ from foveal.core.layouts import Groups, KeySelection
 from foveal.kernels import native
 
 from ..support import assert_close
-from .test_native import attend, check, check_entropy, check_gradients, check_under, lowered, random_call
+from .compare import attend, check, check_entropy, check_gradients, check_under, lowered, random_call
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "isa"),
