@@ -128,13 +128,14 @@ def test_one_new_token(name: str, impl: str) -> None:
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
 
 
-def test_a_slice_of_a_static_cache_is_read_in_place() -> None:
+@pytest.mark.parametrize("impl", ["gather", "triton"])
+def test_a_slice_of_a_static_cache_is_read_in_place(impl: str) -> None:
     """One step over the filled part of a longer cache equals the step over its copy."""
     q, k, v = (t.detach() for t in tensors(torch.float32))
     mask = KeySelection(torch.arange(0, 400, 50, device="cuda").view(1, 1, 1, 8), 1)
     with torch.no_grad():
-        part = foveal.attention(q[:, :, -1:], k[:, :, :400], v[:, :, :400], mask, causal=True, impl="gather")
+        part = foveal.attention(q[:, :, -1:], k[:, :, :400], v[:, :, :400], mask, causal=True, impl=impl)
         copy = foveal.attention(
-            q[:, :, -1:], k[:, :, :400].clone(), v[:, :, :400].clone(), mask, causal=True, impl="gather"
+            q[:, :, -1:], k[:, :, :400].clone(), v[:, :, :400].clone(), mask, causal=True, impl=impl
         )
     torch.testing.assert_close(part, copy)

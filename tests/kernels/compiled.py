@@ -41,6 +41,8 @@ ONES = {
     "groups": ("row_heads", "per_row", "width", "splits"),
 }
 """Arguments that are 1: for these Triton compiles a kernel of its own."""
+STEPS = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
+"""Strides that heads of 64 and more make multiples of 16, as tensors begin at multiples of 16 bytes."""
 
 
 def signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> dict[str, str]:
@@ -56,7 +58,8 @@ def compile_one(name: str, kernel: Any, dtype: torch.dtype, options: dict[str, A
     constants = {key: value for key, value in options.items() if key in kernel.arg_names}
     constants |= {one: 1 for one in ONES[name] if one in kernel.arg_names}
     types = signature(kernel, dtype, constants)
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types.values()) if kind.startswith("*")}
+    even = [kind.startswith("*") or one in STEPS for one, kind in types.items()]
+    aligned = {(at,): [["tt.divisibility", 16]] for at, yes in enumerate(even) if yes}
     launch = {key: options[key] for key in ("num_warps", "enable_fp_fusion")}
     built = triton.compile(ASTSource(kernel, types, constants, aligned), target=TARGET, options=launch)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -21,6 +21,7 @@ from foveal.kernels import triton
 from foveal.patterns import SlidingWindow
 
 from ..strategies import Call, calls, hosts, random_groups, random_lists
+from ..support import allocated_peak, assert_close
 from .compare import attend, check, check_demand, check_gradients, check_under, gradients, lowered, random_call
 
 pytestmark = [
@@ -129,6 +130,17 @@ def test_strides_of_the_inputs_do_not_matter() -> None:
         assert torch.equal(a, b)
     for name, grad in gradients(low, "triton").items():
         assert torch.equal(grad, gradients(turned, "triton")[name])
+
+
+def test_a_part_of_a_cache_is_read_where_it_lies() -> None:
+    """One step over the first keys of a longer cache: nothing of the cache's size is copied, and what lies behind is not read."""
+    cache = torch.full((1, 2, 4096, 16), torch.nan)
+    cache[:, :, :3000] = torch.randn(1, 2, 3000, 16, generator=torch.Generator().manual_seed(8))
+    part, q = cache[:, :, :3000], torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(9))
+    lists = KeySelection(torch.arange(0, 3000, 100).view(1, 1, 1, -1), 1)
+    out = foveal.attention(q, part, part, lists, impl="triton")
+    assert_close(out, foveal.attention(q, part, part, lists, impl="reference"), 1e-5)
+    assert allocated_peak(lambda: foveal.attention(q, part, part, lists, impl="triton")) < part.numel()
 
 
 def test_large_logits_stay_finite() -> None:

@@ -3,7 +3,7 @@
 A *piece* is a set of query rows and a set of keys that they see: a list of a ``KeySelection`` with the rows of its block, of all
 heads that share it; or a group of ``Groups``. A program runs a tile of a piece's rows (or, for the gradients of keys, a tile of
 its keys) and walks the other side. Logits are in base 2. The arguments that all kernels share are those of
-:class:`~foveal.kernels.triton.work.Work`. ``size`` is not specialised: where a list has one row, the loop over rows would be unrolled,
+:class:`~foveal.kernels.triton.work.Work` and :class:`~foveal.kernels.triton.work.Sizes`. ``size`` is not specialised: where a list has one row, the loop over rows would be unrolled,
 and ptxas then left kilobytes of the float32 gradients outside the registers.
 """
 
@@ -32,16 +32,21 @@ def _tile(tile_piece, tile_first, count, TILE: tl.constexpr, LISTS: tl.constexpr
 
 
 @triton.jit
-def _batch(piece, layer, q_index, cu_q, heads, q_len, row_heads, LISTS: tl.constexpr, PER_HEAD: tl.constexpr):
-    """The sequence that a piece belongs to."""
+def _place(
+    piece, layer, q_index, cu_q, heads, kv_heads, q_len, row_heads, LISTS: tl.constexpr, PER_HEAD: tl.constexpr
+):  # fmt: skip
+    """The sequence and the key head that a piece belongs to."""
     if LISTS:
         batch = layer // row_heads
+        head = layer % row_heads * kv_heads // row_heads
     else:
         begin, end = tl.load(cu_q + piece), tl.load(cu_q + piece + 1)
         batch = tl.load(q_index + begin, mask=begin < end, other=0) // q_len
+        head = layer * kv_heads // heads
         if PER_HEAD:
+            head = batch % heads * kv_heads // heads
             batch = batch // heads
-    return batch.to(tl.int64)
+    return batch.to(tl.int64), head.to(tl.int64)
 
 
 @triton.jit
@@ -73,25 +78,18 @@ def _rows(
 
 @triton.jit
 def _keys(
-    piece, layer, batch, slot, k_index, cu_k, heads, kv_heads, kv_len, row_heads, width, index_batch, index_head,
-    LISTS: tl.constexpr, PER_HEAD: tl.constexpr,
+    piece, layer, batch, slot, k_index, cu_k, kv_len, row_heads, width, index_batch, index_head, LISTS: tl.constexpr
 ):  # fmt: skip
-    """Keys of a piece: where they lie in k and v, their index, and whether there is one."""
+    """Keys of a piece: which of the sequence's keys, and whether there is one."""
     if LISTS:
-        own = layer % row_heads
-        at = batch * index_batch + own.to(tl.int64) * index_head + piece * width + slot
+        at = batch * index_batch + (layer % row_heads).to(tl.int64) * index_head + piece * width + slot
         j = tl.load(k_index + at, mask=slot < width, other=-1)
         real = j >= 0
-        row = (batch * kv_heads + own * kv_heads // row_heads) * kv_len + j
     else:
         at = tl.load(cu_k + piece) + slot
         real = at < tl.load(cu_k + piece + 1)
-        entry = tl.load(k_index + at, mask=real, other=0)
-        j = entry % kv_len
-        row = entry
-        if not PER_HEAD:
-            row = (batch * kv_heads + layer * kv_heads // heads) * kv_len + j
-    return row, j, real
+        j = tl.load(k_index + at, mask=real, other=0) % kv_len
+    return j, real
 
 
 @triton.jit
@@ -115,10 +113,10 @@ def _tokens(valid, batch, valid_batch, j, real, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _load(x, row, real, C: tl.constexpr, WIDE: tl.constexpr):
-    """``(rows, WIDE)``: rows of ``x`` ``(·, C)``, 0 beyond C and where there is none."""
+def _load(x, row, step, real, C: tl.constexpr, WIDE: tl.constexpr):
+    """``(rows, WIDE)``: rows of ``x``, ``step`` apart, of C numbers; 0 beyond C and where there is none."""
     c = tl.arange(0, WIDE)
-    return tl.load(x + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
+    return tl.load(x + row[:, None] * step + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
 
 
 @triton.jit
@@ -136,7 +134,7 @@ def _logits(a, b, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
 def forward(
     q, k, v, out, lse, lo, hi, valid, q_index, cu_q, k_index, cu_k, tile_piece, tile_first,
     heads, kv_heads, q_len, kv_len, members, row_heads, per_row, size, width, index_batch, index_head,
-    bounds_batch, valid_batch, factor, cap, splits,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, bounds_batch, valid_batch, factor, cap, splits,
     LISTS: tl.constexpr, PER_HEAD: tl.constexpr, OF_MEMBERS: tl.constexpr, PARTS: tl.constexpr, BOUNDED: tl.constexpr,
     PADDED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDE_D: tl.constexpr, WIDE_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -144,13 +142,15 @@ def forward(
     """Output and log-sum-exp of a tile of rows; with ``PARTS`` one of each per membership, or per split of a list."""
     piece, first = _tile(tile_piece, tile_first, per_row * size, ROWS, LISTS)
     layer, split = tl.program_id(1), tl.program_id(2)
-    batch = _batch(piece, layer, q_index, cu_q, heads, q_len, row_heads, LISTS, PER_HEAD)
+    batch, head = _place(piece, layer, q_index, cu_q, heads, kv_heads, q_len, row_heads, LISTS, PER_HEAD)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
     row, member, i, there = _rows(
         piece, layer, batch, first + tl.arange(0, ROWS), q_index, cu_q, heads, q_len, members, row_heads, per_row, size,
         LISTS, PER_HEAD, OF_MEMBERS,
     )  # fmt: skip
     low, high = _bounds(lo, hi, batch, bounds_batch, i, there, BOUNDED)
-    queries = _load(q, row, there, D, WIDE_D)
+    queries = _load(q, row, D, there, D, WIDE_D)
     if LISTS:
         per = tl.cdiv(tl.cdiv(width, splits), KEYS) * KEYS
         begin = split * per
@@ -162,11 +162,10 @@ def forward(
     norm = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, WIDE_DV), tl.float32)
     for start in range(begin, end, KEYS):
-        where, j, real = _keys(
-            piece, layer, batch, start + tl.arange(0, KEYS), k_index, cu_k, heads, kv_heads, kv_len, row_heads, width,
-            index_batch, index_head, LISTS, PER_HEAD,
+        j, real = _keys(
+            piece, layer, batch, start + tl.arange(0, KEYS), k_index, cu_k, kv_len, row_heads, width, index_batch, index_head, LISTS,
         )  # fmt: skip
-        s, _ = _logits(queries, _load(k, where, real, D, WIDE_D), factor, cap, CAPPED, PRECISION)
+        s, _ = _logits(queries, _load(k, j, k_row, real, D, WIDE_D), factor, cap, CAPPED, PRECISION)
         seen = _tokens(valid, batch, valid_batch, j, real, PADDED)[None, :]
         if BOUNDED:
             seen = seen & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
@@ -175,7 +174,7 @@ def forward(
         safe = tl.where(now == float("-inf"), 0.0, now)
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(top - safe)
-        values = _load(v, where, real, DV, WIDE_DV)
+        values = _load(v, j, v_row, real, DV, WIDE_DV)
         total = tl.dot(p.to(values.dtype), values, total * shrink[:, None], input_precision=PRECISION)
         norm = norm * shrink + tl.sum(p, 1)
         top = now
@@ -232,7 +231,7 @@ def join(
 def grad_queries(
     q, k, v, grad_out, grad_q, base, term, lo, hi, valid, q_index, cu_q, k_index, cu_k, tile_piece, tile_first,
     heads, kv_heads, q_len, kv_len, members, row_heads, per_row, size, width, index_batch, index_head,
-    bounds_batch, valid_batch, factor, cap, scale,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, bounds_batch, valid_batch, factor, cap, scale,
     LISTS: tl.constexpr, PER_HEAD: tl.constexpr, OF_MEMBERS: tl.constexpr, PARTS: tl.constexpr, BOUNDED: tl.constexpr,
     PADDED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDE_D: tl.constexpr, WIDE_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -243,24 +242,25 @@ def grad_queries(
     """
     piece, first = _tile(tile_piece, tile_first, per_row * size, ROWS, LISTS)
     layer = tl.program_id(1)
-    batch = _batch(piece, layer, q_index, cu_q, heads, q_len, row_heads, LISTS, PER_HEAD)
+    batch, head = _place(piece, layer, q_index, cu_q, heads, kv_heads, q_len, row_heads, LISTS, PER_HEAD)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
     row, _, i, there = _rows(
         piece, layer, batch, first + tl.arange(0, ROWS), q_index, cu_q, heads, q_len, members, row_heads, per_row, size,
         LISTS, PER_HEAD, OF_MEMBERS,
     )  # fmt: skip
     low, high = _bounds(lo, hi, batch, bounds_batch, i, there, BOUNDED)
-    queries, upstream = _load(q, row, there, D, WIDE_D), _load(grad_out, row, there, DV, WIDE_DV)
+    queries, upstream = _load(q, row, D, there, D, WIDE_D), _load(grad_out, row, DV, there, DV, WIDE_DV)
     minus, plus = tl.load(base + row, mask=there, other=0.0), tl.load(term + row, mask=there, other=0.0)
     end = width
     if not LISTS:
         end = (tl.load(cu_k + piece + 1) - tl.load(cu_k + piece)).to(tl.int32)
     total = tl.zeros((ROWS, WIDE_D), tl.float32)
     for start in range(0, end, KEYS):
-        where, j, real = _keys(
-            piece, layer, batch, start + tl.arange(0, KEYS), k_index, cu_k, heads, kv_heads, kv_len, row_heads, width,
-            index_batch, index_head, LISTS, PER_HEAD,
+        j, real = _keys(
+            piece, layer, batch, start + tl.arange(0, KEYS), k_index, cu_k, kv_len, row_heads, width, index_batch, index_head, LISTS,
         )  # fmt: skip
-        keys, values = _load(k, where, real, D, WIDE_D), _load(v, where, real, DV, WIDE_DV)
+        keys, values = _load(k, j, k_row, real, D, WIDE_D), _load(v, j, v_row, real, DV, WIDE_DV)
         s, tanh = _logits(queries, keys, factor, cap, CAPPED, PRECISION)
         seen = _tokens(valid, batch, valid_batch, j, real, PADDED)[None, :]
         if BOUNDED:
@@ -282,7 +282,7 @@ def grad_queries(
 def grad_keys(
     q, k, v, grad_out, grad_k, grad_v, base, term, lo, hi, valid, q_index, cu_q, k_index, cu_k, tile_piece, tile_first,
     heads, kv_heads, q_len, kv_len, members, row_heads, per_row, size, width, index_batch, index_head,
-    bounds_batch, valid_batch, factor, cap, scale,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, bounds_batch, valid_batch, factor, cap, scale,
     LISTS: tl.constexpr, PER_HEAD: tl.constexpr, OF_MEMBERS: tl.constexpr, PARTS: tl.constexpr, BOUNDED: tl.constexpr,
     PADDED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDE_D: tl.constexpr, WIDE_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -290,12 +290,13 @@ def grad_keys(
     """Gradients of a tile of keys and values from one piece, added to float32 sums over all pieces."""
     piece, first = _tile(tile_piece, tile_first, width, KEYS, LISTS)
     layer = tl.program_id(1)
-    batch = _batch(piece, layer, q_index, cu_q, heads, q_len, row_heads, LISTS, PER_HEAD)
-    where, j, real = _keys(
-        piece, layer, batch, first + tl.arange(0, KEYS), k_index, cu_k, heads, kv_heads, kv_len, row_heads, width,
-        index_batch, index_head, LISTS, PER_HEAD,
+    batch, head = _place(piece, layer, q_index, cu_q, heads, kv_heads, q_len, row_heads, LISTS, PER_HEAD)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    j, real = _keys(
+        piece, layer, batch, first + tl.arange(0, KEYS), k_index, cu_k, kv_len, row_heads, width, index_batch, index_head, LISTS,
     )  # fmt: skip
-    keys, values = _load(k, where, real, D, WIDE_D), _load(v, where, real, DV, WIDE_DV)
+    keys, values = _load(k, j, k_row, real, D, WIDE_D), _load(v, j, v_row, real, DV, WIDE_DV)
     tokens = _tokens(valid, batch, valid_batch, j, real, PADDED)
     end = per_row * size
     if not LISTS:
@@ -308,7 +309,7 @@ def grad_keys(
             size, LISTS, PER_HEAD, OF_MEMBERS,
         )  # fmt: skip
         low, high = _bounds(lo, hi, batch, bounds_batch, i, there, BOUNDED)
-        queries, upstream = _load(q, row, there, D, WIDE_D), _load(grad_out, row, there, DV, WIDE_DV)
+        queries, upstream = _load(q, row, D, there, D, WIDE_D), _load(grad_out, row, DV, there, DV, WIDE_DV)
         minus, plus = tl.load(base + row, mask=there, other=0.0), tl.load(term + row, mask=there, other=0.0)
         s, tanh = _logits(keys, queries, factor, cap, CAPPED, PRECISION)
         seen = tokens[:, None]  # rows that are none are zeros, and so is what they give
@@ -320,6 +321,7 @@ def grad_keys(
         if CAPPED:
             ds = ds * (1.0 - tanh * tanh)
         of_keys = tl.dot(ds.to(queries.dtype), queries, of_keys, input_precision=PRECISION)
+    where = (batch * kv_heads + head) * kv_len + j
     c = tl.arange(0, WIDE_D)
     place, mask = grad_k + where[:, None] * D + c[None, :], real[:, None] & (c < D)[None, :]
     tl.atomic_add(place, of_keys * scale, mask=mask, sem="relaxed")

@@ -67,7 +67,7 @@ def options(
     work: Work, seen: Seen, parts: bool, softcap: float | None, q: Tensor, v: Tensor, backward: bool = False
 ) -> dict[str, Any]:
     """What the kernels are compiled for."""
-    wide = [max(16, triton.next_power_of_2(x.shape[1])) for x in (q, v)]
+    wide = [max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v)]
     return {
         "LISTS": work.lists,
         "PER_HEAD": work.per_head,
@@ -78,7 +78,7 @@ def options(
         "CAPPED": softcap is not None,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "D": q.shape[1],
-        "DV": v.shape[1],
+        "DV": v.shape[-1],
         "WIDE_D": wide[0],
         "WIDE_DV": wide[1],
     } | _tiles(work, q.dtype, max(wide), backward)
@@ -88,11 +88,16 @@ def _splits(work: Work, tiles: int, processors: int) -> int:
     """Into how many parts lists are split: few rows would leave most of a GPU idle, as one new token does."""
     if not work.lists:
         return 1
-    return max(1, min(2 * processors // max(tiles * work.layers, 1), -(-work.sizes[8] // SPLIT_KEYS)))
+    return max(1, min(2 * processors // max(tiles * work.layers, 1), -(-work.sizes.width // SPLIT_KEYS)))
 
 
 def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def _steps(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Numbers from one sequence, head and key to the next."""
+    return (*k.stride()[:3], *v.stride()[:3])
 
 
 class _Attend(torch.autograd.Function):
@@ -106,22 +111,22 @@ class _Attend(torch.autograd.Function):
         piece, first, tiles = work.tiles("q", settings["ROWS"])
         splits = _splits(work, tiles, _processors(q))
         joined = repeats or splits > 1
-        out = (q.new_empty if work.lists or joined else q.new_zeros)(q.shape[0], v.shape[1])  # rows of no group stay 0
+        out = (q.new_empty if work.lists or joined else q.new_zeros)(q.shape[0], v.shape[-1])  # rows of no group stay 0
         lse = q.new_full(q.shape[:1], -torch.inf, dtype=torch.float32)
         target, target_lse = out, lse
         if joined:
-            count = splits * q.shape[0] if work.lists else work.layers * work.sizes[4]
-            target, target_lse = q.new_empty(count, v.shape[1], dtype=torch.float32), lse.new_empty(count)
+            count = splits * q.shape[0] if work.lists else work.layers * work.sizes.members
+            target, target_lse = q.new_empty(count, v.shape[-1], dtype=torch.float32), lse.new_empty(count)
         if tiles and work.layers:
             device.forward[tiles, work.layers, splits](
                 q, k, v, target, target_lse, *seen.arguments(lse), work.q_index, work.cu_q, work.k_index, work.cu_k, piece, first,
-                *work.sizes, *seen.strides(), *factors, splits, **settings | {"PARTS": joined},
+                *work.sizes, *_steps(k, v), *seen.strides(), *factors, splits, **settings | {"PARTS": joined},
             )  # fmt: skip
         if joined:
             order, begins = (work.k_index if x is None else x for x in (work.order, work.begins))
             device.join[(q.shape[0],)](
-                target, target_lse, out, lse, order, begins, work.sizes[0], work.sizes[2], work.sizes[4], splits,
-                LISTS=work.lists, PER_HEAD=work.per_head, DV=v.shape[1], WIDE_DV=settings["WIDE_DV"], num_warps=1, enable_fp_fusion=True,
+                target, target_lse, out, lse, order, begins, work.sizes.heads, work.sizes.q_len, work.sizes.members, splits,
+                LISTS=work.lists, PER_HEAD=work.per_head, DV=v.shape[-1], WIDE_DV=settings["WIDE_DV"], num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.work, ctx.seen, ctx.numbers, ctx.softcap = work, seen, (*factors, scale), softcap
@@ -140,7 +145,7 @@ class _Attend(torch.autograd.Function):
         grad_q = torch.zeros(q.shape, dtype=sums, device=q.device)
         grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
         indices = (work.q_index, work.cu_q, work.k_index, work.cu_k)
-        rest = (*work.sizes, *seen.strides(), *ctx.numbers)
+        rest = (*work.sizes, *_steps(k, v), *seen.strides(), *ctx.numbers)
         masks = (base, term, *seen.arguments(lse), *indices)
         piece, first, tiles = work.tiles("q", settings["ROWS"])
         if tiles and work.layers:
@@ -156,12 +161,14 @@ class _Attend(torch.autograd.Function):
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``; a row that sees nothing gives zeros and −inf."""
     work = work_of(call)
-    q, k, v = (x.reshape(-1, x.shape[-1]) for x in (call.q, call.k, call.v))
+    q = call.q.reshape(-1, call.q.shape[-1])
+    k, v = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (call.k, call.v)
+    )  # a part of a cache is read where it lies
     if work.of_members:
         assert isinstance(call.layout, Groups)
         q = q[owners(call, call.layout)]  # each membership of a query in a group is one row
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    out, lse = _Attend.apply(q, k, v, work, seen_of(call), call.scale, call.softcap)
+    out, lse = _Attend.apply(q.contiguous(), k, v, work, seen_of(call), call.scale, call.softcap)
     if work.of_members:
         assert isinstance(call.layout, Groups)
         return average(call, call.layout, out, lse)

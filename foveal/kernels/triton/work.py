@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +14,35 @@ from ..call import AttentionCall
 from ..list_plan import sharing
 
 
+class Sizes(NamedTuple):
+    """Numbers that all kernels take, in this order.
+
+    Attributes:
+        members: entries of ``q_index`` in all groups.
+        row_heads, per_row: heads that have lists of their own, and query heads that share one. size: query rows per list.
+        width: keys per list. index_batch, index_head: strides of lists, 0 where sequences or heads share them.
+    """
+
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    members: int = 0
+    row_heads: int = 1
+    per_row: int = 1
+    size: int = 1
+    width: int = 1
+    index_batch: int = 0
+    index_head: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Arguments that all kernels share.
+    """What the kernels work on.
 
     Attributes:
         lists: pieces are the lists of a ``KeySelection``; else the groups of ``Groups``.
         q_index, cu_q, k_index, cu_k: those of the groups; of lists only ``k_index``, ``(B or 1, heads, blocks, width)``.
-        sizes: ``heads, kv_heads, q_len, kv_len``; members: query entries of all groups; ``row_heads``: heads with lists of their own,
-            ``per_row``: query heads that share one, ``size``: rows per list, ``width``: keys per list; strides of ``k_index`` along
-            batch and heads, 0 where they share.
         pieces: how many. layers: of these, on the second axis of the grid: heads, or sequences times heads.
         per_head: the groups count rows over the heads. of_members: a row is a membership of its own, in their order.
         order, begins: where queries are in several groups: their entries one query after the other, and where each begins.
@@ -33,7 +53,7 @@ class Work:
     cu_q: Tensor
     k_index: Tensor
     cu_k: Tensor
-    sizes: tuple[int, ...]
+    sizes: Sizes
     pieces: int
     layers: int
     per_head: bool = False
@@ -45,12 +65,16 @@ class Work:
     @property
     def rows(self) -> int:
         """Query rows of a list, over the heads that share it; of a group there may be any number."""
-        return self.sizes[6] * self.sizes[7]
+        return self.sizes.per_row * self.sizes.size
 
     def tiles(self, side: str, size: int) -> tuple[Tensor, Tensor, int]:
         """Per tile of ``size`` rows (``side`` "q") or keys ("k"): its piece and its first entry, and how many tiles there are."""
         if self.lists:  # the kernels work it out
-            return self.k_index, self.k_index, self.pieces * -(-(self.rows if side == "q" else self.sizes[8]) // size)
+            return (
+                self.k_index,
+                self.k_index,
+                self.pieces * -(-(self.rows if side == "q" else self.sizes.width) // size),
+            )
         if (side, size) not in self._tiles:
             cu = self.cu_q if side == "q" else self.cu_k
             count = -(-cu.diff() // size)
@@ -66,11 +90,11 @@ def work_of(call: AttentionCall) -> Work:
     if isinstance(layout, KeySelection):
         return _of_lists(call, layout)
     assert isinstance(layout, Groups)
-    sizes = (call.q.shape[1], call.k.shape[1], call.base.q_len, call.base.kv_len)
+    batch, *sizes = call.q.shape[0], call.q.shape[1], call.k.shape[1], call.base.q_len, call.base.kv_len
     known = _known.setdefault(layout, {})
-    if sizes not in known:
-        known[sizes] = _of_groups(layout, sizes, call.q.shape[0])
-    return known[sizes]
+    if (batch, *sizes) not in known:
+        known[batch, *sizes] = _of_groups(layout, batch, *sizes)
+    return known[batch, *sizes]
 
 
 _known: weakref.WeakKeyDictionary[Groups, dict[tuple[int, ...], Work]] = weakref.WeakKeyDictionary()
@@ -81,13 +105,14 @@ def _of_lists(call: AttentionCall, layout: KeySelection) -> Work:
     listed, per_row = sharing(call, layout)
     index = layout.index.contiguous()
     of_batch, of_heads, blocks, width = index.shape
-    strides = (0 if of_batch == 1 else of_heads * blocks * width, 0 if of_heads == 1 else blocks * width)
-    sizes = (heads, call.k.shape[1], call.base.q_len, call.base.kv_len, 0, listed, per_row, layout.block_size, width)
-    return Work(True, index, index, index, index, (*sizes, *strides), blocks, batch * listed)
+    sizes = Sizes(
+        heads, call.k.shape[1], call.base.q_len, call.base.kv_len, 0, listed, per_row, layout.block_size, width,
+        0 if of_batch == 1 else of_heads * blocks * width, 0 if of_heads == 1 else blocks * width,
+    )  # fmt: skip
+    return Work(True, index, index, index, index, sizes, blocks, batch * listed)
 
 
-def _of_groups(layout: Groups, sizes: tuple[int, ...], batch: int) -> Work:
-    heads, _, q_len, _ = sizes
+def _of_groups(layout: Groups, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int) -> Work:
     members, average = layout.q_index.numel(), layout.combine == "mean"
     order = begins = None
     if not average:
@@ -97,6 +122,6 @@ def _of_groups(layout: Groups, sizes: tuple[int, ...], batch: int) -> Work:
             begins = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     q_index, cu_q, k_index, cu_k = (x.contiguous() for x in (layout.q_index, layout.cu_q, layout.k_index, layout.cu_k))
     return Work(
-        False, q_index, cu_q, k_index, cu_k, (*sizes, members, 1, 1, 1, 1, 0, 0), layout.cu_q.numel() - 1, 1 if layout.per_head else heads,
-        layout.per_head, average, order, begins,
+        False, q_index, cu_q, k_index, cu_k, Sizes(heads, kv_heads, q_len, kv_len, members), layout.cu_q.numel() - 1,
+        1 if layout.per_head else heads, layout.per_head, average, order, begins,
     )  # fmt: skip
