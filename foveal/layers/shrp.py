@@ -186,8 +186,12 @@ class ExpertAttention(nn.Module):
         return heads(q, k, v, valid, self.impl)
 
     def _sparse(self, x: Tensor, valid: Tensor | None, choice: Tensor) -> Tensor:
-        """One query per token, of its own head, over that head's keys: groups of queries by row and head."""
+        """One query per token, of its own head, over that head's keys: groups of queries by row and head.
+
+        Padding goes to head 0 whatever it holds: matrix products of another number of rows may round real tokens differently.
+        """
         batch, length, _ = x.shape
+        choice = choice if valid is None else choice.masked_fill(~valid, 0)
         experts, kv = self.num_heads, self.num_kv_heads
         place = (torch.arange(batch, device=x.device)[:, None] * experts + choice).flatten()
         order = place.argsort(stable=True)
