@@ -20,7 +20,7 @@ from foveal.core.layouts import Groups, KeySelection
 from foveal.kernels import triton
 from foveal.patterns import SlidingWindow
 
-from ..strategies import Call, calls, hosts, random_groups, random_lists
+from ..strategies import Call, calls, finite, hosts, random_groups, random_lists
 from ..support import allocated_peak, assert_close
 from .compare import attend, check, check_demand, check_gradients, check_under, gradients, lowered, random_call
 
@@ -180,3 +180,16 @@ def test_kernels_compile_for_a_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3 * 2 * 4
+
+
+def test_only_the_gradients_that_are_asked_for() -> None:
+    lists = random_lists(torch.Generator().manual_seed(10), 1, 2, 40, 50, 16, 20, False)
+    low, _ = lowered(random_call(10, (1, 2, 2, 40, 50, 16, 16), lists), torch.float32)
+    expected = gradients(low, "triton")
+    for name in ("q", "k", "v"):
+        leaves = {n: t.clone().requires_grad_(n == name) for n, t in (("q", low.q), ("k", low.k), ("v", low.v))}
+        make = torch.Generator().manual_seed(9)
+        out, lse = attend(Call(*leaves.values(), lists, True, low.options), "triton")
+        weights = [torch.randn(t.shape, generator=make, dtype=torch.float64).float() for t in (out, lse)]
+        ((out * weights[0]).sum() + (finite(lse) * weights[1]).sum()).backward()
+        assert torch.equal(leaves[name].grad, expected[name])

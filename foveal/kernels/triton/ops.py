@@ -95,6 +95,13 @@ def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Run a kernel where its tensors lie; nothing where no program would run."""
+    if 0 not in grid:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **settings)
+
+
 def _steps(k: Tensor, v: Tensor) -> tuple[int, ...]:
     """Numbers from one sequence, head and key to the next."""
     return (*k.stride()[:3], *v.stride()[:3])
@@ -117,15 +124,15 @@ class _Attend(torch.autograd.Function):
         if joined:
             count = splits * q.shape[0] if work.lists else work.layers * work.sizes.members
             target, target_lse = q.new_empty(count, v.shape[-1], dtype=torch.float32), lse.new_empty(count)
-        if tiles and work.layers:
-            device.forward[tiles, work.layers, splits](
-                q, k, v, target, target_lse, *seen.arguments(lse), work.q_index, work.cu_q, work.k_index, work.cu_k, piece, first,
-                *work.sizes, *_steps(k, v), *seen.strides(), *factors, splits, **settings | {"PARTS": joined},
-            )  # fmt: skip
+        _launch(
+            device.forward, (tiles, work.layers, splits), q, k, v, target, target_lse, *seen.arguments(lse), work.q_index, work.cu_q,
+            work.k_index, work.cu_k, piece, first, *work.sizes, *_steps(k, v), *seen.strides(), *factors, splits,
+            **settings | {"PARTS": joined},
+        )  # fmt: skip
         if joined:
             order, begins = (work.k_index if x is None else x for x in (work.order, work.begins))
-            device.join[(q.shape[0],)](
-                target, target_lse, out, lse, order, begins, work.sizes.heads, work.sizes.q_len, work.sizes.members, splits,
+            _launch(
+                device.join, (q.shape[0],), target, target_lse, out, lse, order, begins, work.sizes.heads, work.sizes.q_len, work.sizes.members, splits,
                 LISTS=work.lists, PER_HEAD=work.per_head, DV=v.shape[-1], WIDE_DV=settings["WIDE_DV"], num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
@@ -147,14 +154,14 @@ class _Attend(torch.autograd.Function):
         indices = (work.q_index, work.cu_q, work.k_index, work.cu_k)
         rest = (*work.sizes, *_steps(k, v), *seen.strides(), *ctx.numbers)
         masks = (base, term, *seen.arguments(lse), *indices)
-        piece, first, tiles = work.tiles("q", settings["ROWS"])
-        if tiles and work.layers:
-            device.grad_queries[tiles, work.layers](q, k, v, grad_out, grad_q, *masks, piece, first, *rest, **settings)
-        piece, first, tiles = work.tiles("k", settings["KEYS"])
-        if tiles and work.layers:
-            device.grad_keys[tiles, work.layers](
-                q, k, v, grad_out, grad_k, grad_v, *masks, piece, first, *rest, **settings
-            )
+        if ctx.needs_input_grad[0]:
+            piece, first, tiles = work.tiles("q", settings["ROWS"])
+            grid = (tiles, work.layers)
+            _launch(device.grad_queries, grid, q, k, v, grad_out, grad_q, *masks, piece, first, *rest, **settings)
+        if any(ctx.needs_input_grad[1:3]):
+            piece, first, tiles = work.tiles("k", settings["KEYS"])
+            grid = (tiles, work.layers)
+            _launch(device.grad_keys, grid, q, k, v, grad_out, grad_k, grad_v, *masks, piece, first, *rest, **settings)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
