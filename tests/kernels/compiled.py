@@ -27,7 +27,8 @@ from foveal.kernels.triton import device, ops
 from foveal.kernels.triton.work import work_of
 
 TARGET = GPUTarget("cuda", 90, 32)
-MOST_BESIDE, MOST_SHARED = 256, 227 << 10
+MOST_BESIDE, MOST_SHARED = 256, 99 << 10
+"""Bytes per thread, and per program: consumer GPUs have 99 KiB."""
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 TYPES = {
     "fp32": ("factor", "cap", "scale"),
@@ -36,9 +37,9 @@ TYPES = {
     "*i64": ("lo", "hi", "q_index", "cu_q", "k_index", "cu_k", "tile_piece", "tile_first", "order", "begins"),
 }
 ONES = {
-    "lists": ("row_heads", "splits"),
-    "tokens": ("per_row", "splits"),
-    "groups": ("row_heads", "per_row", "width", "splits"),
+    "lists": ("row_heads",),
+    "tokens": ("per_row",),
+    "groups": ("row_heads", "per_row", "width"),
 }
 """Arguments that are 1: for these Triton compiles a kernel of its own."""
 STEPS = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")

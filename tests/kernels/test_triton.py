@@ -164,6 +164,8 @@ def test_refusals_name_their_reason() -> None:
     refused("the call is dense", q, k, v, mask=None)
     refused("a BlockMask, which FlexAttention", q, k, v, mask=SlidingWindow(9), causal=True)
     refused("head dimensions up to 256", *(torch.randn(1, 1, 20, 257) for _ in range(3)))
+    many = torch.zeros(40000, 2, 1, 16)
+    refused("up to 65535 sequences times heads", *(many,) * 3, mask=KeySelection(torch.zeros(1, 2, 1, 1).long(), 1))
     refused("at least one sequence, row and key", *(x[:0] for x in (q, k, v)))
 
 
@@ -175,11 +177,11 @@ def test_on_cpu_it_is_never_chosen() -> None:
 def test_kernels_compile_for_a_gpu() -> None:
     """By Triton's own compiler and ptxas, for a GPU of compute capability 9.0; the script looks at registers and shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.kernels.compiled", "128"]
+    command = [sys.executable, "-W", "error", "-m", "tests.kernels.compiled", "128", "256"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3 * 2 * 4
+    assert len(done.stdout.splitlines()) == 2 * 3 * 2 * 4
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:

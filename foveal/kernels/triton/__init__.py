@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ...core.layouts import Groups, KeySelection
 from ..call import AttentionCall
+from ..list_plan import sharing
 
 WIDEST = 256
 """Head dimension that a program's registers hold."""
+MOST_LAYERS = 65535
+"""Programs along the second axis of a grid."""
 
 
 def interpreted() -> bool:
@@ -29,7 +32,11 @@ def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None."""
     if find_spec("triton") is None:
         return "the package triton is not installed; torch for CUDA brings it"
-    return None if torch.cuda.is_available() or interpreted() else "needs a CUDA GPU"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available() or torch.version.hip is not None:  # TF32 products are NVIDIA's
+        return "needs an NVIDIA GPU"
+    return None
 
 
 def refusals(call: AttentionCall) -> list[str]:
@@ -40,6 +47,8 @@ def refusals(call: AttentionCall) -> list[str]:
     if not isinstance(layout, (Groups, KeySelection)):
         name = "dense" if layout is None else f"a {type(layout).__name__}"
         reasons.append(f"takes KeySelection and Groups; the call is {name}, which FlexAttention and SDPA express")
+    if isinstance(layout, KeySelection) and call.q.shape[0] * sharing(call, layout)[0] > MOST_LAYERS:
+        reasons.append(f"takes lists of up to {MOST_LAYERS} sequences times heads")
     if call.q.dtype == torch.float64:
         reasons.append("computes in float32 or lower")
     if max(call.q.shape[-1], call.v.shape[-1]) > WIDEST:

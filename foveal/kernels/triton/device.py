@@ -4,7 +4,8 @@ A *piece* is a set of query rows and a set of keys that they see: a list of a ``
 heads that share it; or a group of ``Groups``. A program runs a tile of a piece's rows (or, for the gradients of keys, a tile of
 its keys) and walks the other side. Logits are in base 2. The arguments that all kernels share are those of
 :class:`~foveal.kernels.triton.work.Work` and :class:`~foveal.kernels.triton.work.Sizes`. ``size`` is not specialised: where a list has one row, the loop over rows would be unrolled,
-and ptxas then left kilobytes of the float32 gradients outside the registers.
+and ptxas then left kilobytes of the float32 gradients outside the registers. What grows with a cache is not either, so that decoding
+does not compile anew.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _logits(a, b, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     return s, tanh
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "kv_len", "members", "valid_batch", "splits"])
 def forward(
     q, k, v, out, lse, lo, hi, valid, q_index, cu_q, k_index, cu_k, tile_piece, tile_first,
     heads, kv_heads, q_len, kv_len, members, row_heads, per_row, size, width, index_batch, index_head,
@@ -189,7 +190,7 @@ def forward(
     tl.store(lse + target, found, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["members", "splits"])
 def join(
     parts, part_lse, out, lse, order, begins, heads, q_len, members, splits,
     LISTS: tl.constexpr, PER_HEAD: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
@@ -227,7 +228,7 @@ def join(
     tl.store(lse + row, tl.where(norm > 0, (top + tl.log2(full)) * LN_2, float("-inf")))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "kv_len", "members", "valid_batch"])
 def grad_queries(
     q, k, v, grad_out, grad_q, base, term, lo, hi, valid, q_index, cu_q, k_index, cu_k, tile_piece, tile_first,
     heads, kv_heads, q_len, kv_len, members, row_heads, per_row, size, width, index_batch, index_head,
@@ -278,7 +279,7 @@ def grad_queries(
         tl.store(place, (total * scale).to(grad_q.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "kv_len", "members", "valid_batch"])
 def grad_keys(
     q, k, v, grad_out, grad_k, grad_v, base, term, lo, hi, valid, q_index, cu_q, k_index, cu_k, tile_piece, tile_first,
     heads, kv_heads, q_len, kv_len, members, row_heads, per_row, size, width, index_batch, index_head,

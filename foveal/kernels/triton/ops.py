@@ -58,6 +58,8 @@ def _tiles(work: Work, dtype: torch.dtype, wide: int, backward: bool) -> dict[st
     keys = 64 if wide <= 128 and not exact and not backward else 32
     if exact and wide > 128:
         rows = keys = 16
+    elif backward and wide > 128:
+        rows = 16  # within the shared memory of consumer GPUs
     if work.lists:
         rows = min(rows, max(16, triton.next_power_of_2(work.rows)))
     return {"ROWS": rows, "KEYS": keys, "num_warps": 4 if keys == 64 else 8, "enable_fp_fusion": True}

@@ -120,7 +120,9 @@ def _of_groups(layout: Groups, batch: int, heads: int, kv_heads: int, q_len: int
         if members and int(count.max()) > 1:
             order = torch.argsort(layout.q_index, stable=True)
             begins = torch.nn.functional.pad(count.cumsum(0), (1, 0))
-    q_index, cu_q, k_index, cu_k = (x.contiguous() for x in (layout.q_index, layout.cu_q, layout.k_index, layout.cu_k))
+    q_index, cu_q, k_index, cu_k = (
+        x.long().contiguous() for x in (layout.q_index, layout.cu_q, layout.k_index, layout.cu_k)
+    )
     return Work(
         False, q_index, cu_q, k_index, cu_k, Sizes(heads, kv_heads, q_len, kv_len, members), layout.cu_q.numel() - 1,
         1 if layout.per_head else heads, layout.per_head, average, order, begins,
