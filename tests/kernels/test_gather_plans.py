@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import foveal
 from foveal.core.base_mask import BaseMask
 from foveal.core.layouts import BlockMask, KeySelection, block_mask
 from foveal.kernels import block_plan, gather, ragged, reference
@@ -194,3 +195,16 @@ def test_consecutive_rows_are_the_longest_runs_that_all_lists_consist_of(
         )  # fmt: skip
 
     assert consecutive_rows(index, sizes, length) == max(unit for unit in (1, 2, 4, 8, 16) if holds(unit))
+
+
+@pytest.mark.parametrize(("rows", "share"), [(16, 1.0), (64, 1.0), (128, 1.5), (256, 2.0), (1024, 2.0)])
+def test_attentions_of_many_rows_run_with_more_scores_at_once(
+    rows: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ``rows`` is the sum of the head dimensions, the keys and values of a batch take as much memory as its scores."""
+    given, real = [], block_plan.block_plan
+    monkeypatch.setattr(gather, "block_plan", lambda *a: given.append(a[2]) or real(*a))
+    q = torch.zeros(1, 1, 1024, 64)
+    mask = block_mask(torch.ones(1, 1, 1024 // rows, 8, dtype=torch.int8), (rows, 128), (1024, 1024))
+    foveal.attention(q, q, q, mask, impl="gather")
+    assert given == [share * gather.CPU_SCORES]
