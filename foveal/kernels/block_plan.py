@@ -86,7 +86,8 @@ def block_size(call: AttentionCall, mask: BlockMask | None) -> tuple[int, int]:
 
 
 def block_plan(call: AttentionCall, mask: BlockMask | None, budget: int) -> Plan:
-    """The plan over q, k, v padded to whole tiles and flattened to rows; ``budget`` is in score elements per batch.
+    """The plan over q, k, v padded to whole tiles and flattened to rows; ``budget`` is in score elements per batch
+    of tiles of few rows.
 
     Tiles are made once for a mask: layers that share it and backward do not repeat the work.
     """
@@ -94,7 +95,16 @@ def block_plan(call: AttentionCall, mask: BlockMask | None, budget: int) -> Plan
     tiles = prepared(call, mask, name, lambda: _tiles(call, mask))
     reads = sum((whole + cut) * (end - start) for whole, cut, start, end in tiles.runs) * tiles.size[1]
     covers = sum(end - start for *_, start, end in tiles.runs) == tiles.u.numel()
-    return Plan(lambda: _batches(call, tiles, budget), *tiles.size, key_reads=reads, covers=covers)
+    at_once = _at_once(call, tiles.size[0], budget)
+    return Plan(lambda: _batches(call, tiles, at_once), *tiles.size, key_reads=reads, covers=covers)
+
+
+def _at_once(call: AttentionCall, rows: int, budget: int) -> int:
+    """Score elements per batch: on CPU more where a tile has so many rows that it takes few keys and values for each score."""
+    if call.q.device.type != "cpu":
+        return budget
+    beside = call.q.shape[-1] + call.v.shape[-1]
+    return max(budget, min(3 * budget * rows // (rows + beside), 2 * budget))
 
 
 def _tiles(call: AttentionCall, mask: BlockMask | None) -> _Tiles:

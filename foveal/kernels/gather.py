@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.layouts import BlockMask, Groups, KeySelection
-from .block_plan import block_plan, block_size
+from .block_plan import block_plan
 from .call import AttentionCall, compute_dtype
 from .group_plan import average, direct_plan, group_plan, member_plan, owners
 from .list_plan import list_plan, one_row
@@ -26,12 +26,8 @@ CPU_SCORES = 1 << 19
 GPU_SCORES = 1 << 26
 
 
-def _budget(call: AttentionCall, rows: int = 0) -> int:
-    """Scores per batch; more where every attention has so many rows that they take few keys and values for each score."""
-    if call.q.device.type != "cpu":
-        return GPU_SCORES
-    beside = call.q.shape[-1] + call.v.shape[-1]
-    return max(CPU_SCORES, min(3 * CPU_SCORES * rows // (rows + beside), 2 * CPU_SCORES))
+def _budget(device: torch.device) -> int:
+    return CPU_SCORES if device.type == "cpu" else GPU_SCORES
 
 
 def refusals(call: AttentionCall) -> list[str]:
@@ -82,7 +78,7 @@ def _planned(call: AttentionCall, plan: Plan, owner: Tensor | None = None, spare
 
 def _blocks(call: AttentionCall, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
-    plan = _planned(call, block_plan(call, mask, _budget(call, block_size(call, mask)[0])))
+    plan = _planned(call, block_plan(call, mask, _budget(call.q.device)))
     q, k, v = _pad(call.q, plan.q_unit), _pad(call.k, plan.k_unit), _pad(call.v, plan.k_unit)
     out, lse = attend_rows(_flat(q), _flat(k), _flat(v), plan, _scores(call), call.bias)
     return out.view(batch, heads, q.shape[2], -1)[:, :, :q_len], lse.view(batch, heads, q.shape[2])[:, :, :q_len]
@@ -90,7 +86,7 @@ def _blocks(call: AttentionCall, mask: BlockMask | None) -> tuple[Tensor, Tensor
 
 def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
     batch, heads, q_len = call.q.shape[:3]
-    plan = _planned(call, list_plan(call, layout, _budget(call)))
+    plan = _planned(call, list_plan(call, layout, _budget(call.q.device)))
     q = _pad(call.q, plan.q_unit)
     out, lse = attend_rows(_flat(q), _flat(call.k), _flat(call.v), plan, _scores(call), call.bias)
     return out.view(batch, heads, q.shape[2], -1)[:, :, :q_len], lse.view(batch, heads, q.shape[2])[:, :, :q_len]
@@ -99,7 +95,7 @@ def _lists(call: AttentionCall, layout: KeySelection) -> tuple[Tensor, Tensor]:
 def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     """One softmax over all groups of a query, or the mean of one softmax for each."""
     batch, heads, q_len = call.q.shape[:3]
-    direct = direct_plan(call, layout, _budget(call))
+    direct = direct_plan(call, layout, _budget(call.q.device))
     if direct is not None:
         q, k, v = (_flat(x) for x in (call.q, call.k, call.v))
         out, lse = attend_rows(q, k, v, _planned(call, direct), _scores(call), call.bias)
@@ -107,11 +103,11 @@ def _groups(call: AttentionCall, layout: Groups) -> tuple[Tensor, Tensor]:
     spare = call.q.new_zeros(1, call.q.shape[3])  # pads a bucket: its logits are 0, and nobody reads its output
     k, v = _flat(call.k), _flat(call.v)
     if layout.combine == "softmax":
-        plan = _planned(call, group_plan(call, layout, _budget(call)), spare=1)
+        plan = _planned(call, group_plan(call, layout, _budget(call.q.device)), spare=1)
         out, lse = attend_merged(torch.cat([_flat(call.q), spare]), k, v, plan, _scores(call), call.bias)
         return out[:-1].view(batch, heads, q_len, -1), lse[:-1].view(batch, heads, q_len)
     owner = owners(call, layout)
-    plan = _planned(call, member_plan(call, layout, _budget(call)), owner, spare=1)
+    plan = _planned(call, member_plan(call, layout, _budget(call.q.device)), owner, spare=1)
     q = torch.cat([_flat(call.q)[owner], spare])  # each membership of a query in a group is one row
     out, lse = attend_rows(q, k, v, plan, _scores(call), call.bias)
     return average(call, layout, out[:-1], lse[:-1])

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that need not be there, and print what each program needs.
 
-Usage: python tests/kernels/compiled.py [HEAD_DIM …]
+Usage: python -m tests.kernels.compiled [HEAD_DIM …]
 
 Fails where a kernel keeps more than ``MOST_BESIDE`` bytes of a thread outside its registers, or needs more shared memory than there is.
 """

@@ -202,8 +202,8 @@ def test_attentions_of_many_rows_run_with_more_scores_at_once(
     rows: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ``rows`` is the sum of the head dimensions, the keys and values of a batch take as much memory as its scores."""
-    given, real = [], block_plan.block_plan
-    monkeypatch.setattr(gather, "block_plan", lambda *a: given.append(a[2]) or real(*a))
+    given, real = [], block_plan.split_rows
+    monkeypatch.setattr(block_plan, "split_rows", lambda *a: given.append(a[2]) or real(*a))
     q = torch.zeros(1, 1, 1024, 64)
     mask = block_mask(torch.ones(1, 1, 1024 // rows, 8, dtype=torch.int8), (rows, 128), (1024, 1024))
     foveal.attention(q, q, q, mask, impl="gather")

@@ -29,9 +29,8 @@ pytestmark = [
     pytest.mark.skipif(triton.unavailable() is not None, reason=f"triton: {triton.unavailable()}"),
     pytest.mark.skipif(not triton.interpreted(), reason="on a GPU tests/gpu runs these kernels"),
 ]
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16], ids=str
-)  # the interpreter multiplies the bits of bfloat16
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+"""Not bfloat16: the interpreter multiplies its bits."""
 KINDS = pytest.mark.parametrize("kind", ["lists", "groups"])
 
 

@@ -72,11 +72,11 @@ def _native_backward(call: AttentionCall, impl: str, out: Tensor, lse: Tensor, g
 
 
 def _gather_backward(call: AttentionCall, impl: str, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:  # fmt: skip
-    from ..block_plan import block_plan, block_size
+    from ..block_plan import block_plan
     from ..gather import _budget, _flat, _pad, _scores
     from ..row_gradients import gradients
 
-    plan = block_plan(call, None, _budget(call, block_size(call, None)[0]))
+    plan = block_plan(call, None, _budget(call.q.device))
     extra = -lse.shape[2] % plan.q_unit
     dtype = compute_dtype(call.q.dtype)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse

@@ -31,11 +31,11 @@ class Seen:
     hi: Tensor | None
     valid: Tensor | None
 
-    def arguments(self, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(other if x is None else x for x in (self.lo, self.hi, self.valid))  # type: ignore[return-value]
+    def arguments(self, other: Tensor) -> tuple[Tensor, ...]:
+        return tuple(other if x is None else x for x in (self.lo, self.hi, self.valid))
 
-    def strides(self) -> tuple[int, int]:
-        return tuple(0 if x is None or x.shape[0] == 1 else x.shape[1] for x in (self.lo, self.valid))  # type: ignore[return-value]
+    def strides(self) -> tuple[int, ...]:
+        return tuple(0 if x is None or x.shape[0] == 1 else x.shape[1] for x in (self.lo, self.valid))
 
 
 def seen_of(call: AttentionCall) -> Seen:
@@ -79,7 +79,7 @@ def options(
         "PADDED": seen.valid is not None,
         "CAPPED": softcap is not None,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "D": q.shape[1],
+        "D": q.shape[-1],
         "DV": v.shape[-1],
         "WIDE_D": wide[0],
         "WIDE_DV": wide[1],
@@ -171,9 +171,8 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of shapes ``(B, H, Nq, Dv)`` and ``(B, H, Nq)``; a row that sees nothing gives zeros and −inf."""
     work = work_of(call)
     q = call.q.reshape(-1, call.q.shape[-1])
-    k, v = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (call.k, call.v)
-    )  # a part of a cache is read where it lies
+    # a part of a cache is read where it lies
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.k, call.v))
     if work.of_members:
         assert isinstance(call.layout, Groups)
         q = q[owners(call, call.layout)]  # each membership of a query in a group is one row
