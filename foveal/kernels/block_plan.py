@@ -19,7 +19,7 @@ from ..core.errors import ShapeError
 from ..core.layouts import BlockMask, block_mask_kinds
 from .call import AttentionCall, relative_index
 from .prepared import prepared
-from .rows import Batch, Buffers, Plan, split_rows
+from .rows import Batch, Buffers, Plan, split_keys, split_rows
 
 DENSE_BLOCK = 128
 TABLE_KEYS = 4096
@@ -276,18 +276,19 @@ def _at(cut: _Cut, tiles: _Tiles, of: Tensor, run: tuple[int, int, int, int]) ->
     ]
 
 
-def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, buffers: Buffers) -> Tensor | None:
-    """What is hidden in the cut tiles of rows ``part`` of a run, ``(R or 1, G or 1, q_block, cut tiles, kv_block)``; until the next one."""
+def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, which: slice, buffers: Buffers) -> Tensor | None:
+    """What is hidden in the cut tiles ``which`` of rows ``part`` of a run, ``(R or 1, G or 1, q_block, tiles, kv_block)``; until the next one."""
     hidden = None
     for number, (cut, slots) in enumerate(zip(tiles.cuts, tiles.slots, strict=True)):
         if cut.table is not None:
-            entries = _entries(slots[run], part, tiles.size[0])
+            entries = _entries(slots[run][..., which], part, tiles.size[0])
             room = buffers.get(f"hidden {number}", (entries.numel(), tiles.size[1]), cut.table.dtype)
             found = torch.index_select(cut.table.flatten(0, 1), 0, entries.flatten(), out=room)
             found = found.view(*entries.shape, tiles.size[1])
         else:
-            whole, count, first, _ = tiles.runs[run]
+            whole, _, first, _ = tiles.runs[run]
             rows = slice(first + part.start, first + part.stop)
+            order = tiles.order[rows, whole + which.start : whole + which.stop]
             heads = tiles.heads[rows, :, None, None, None]
             pairs = _hidden(
                 call.base,
@@ -295,10 +296,10 @@ def _hide(call: AttentionCall, tiles: _Tiles, run: int, part: slice, buffers: Bu
                 tiles.b[rows, None, None, None, None],
                 heads if cut.reads_head else heads[:, :1],
                 tiles.u[rows, None, None, None, None],
-                tiles.order[rows, None, whole : whole + count, None, None],
+                order[:, None, :, None, None],
                 tiles.size,
             )
-            active = _at(cut, tiles, cut.active, (whole, count, rows.start, rows.stop))
+            active = _at(cut, tiles, cut.active, (whole + which.start, order.shape[1], rows.start, rows.stop))
             found = (pairs & active[..., None, None]).transpose(2, 3)
         hidden = found if hidden is None else _either(hidden, found)
     return hidden
@@ -331,27 +332,43 @@ def _batches(call: AttentionCall, tiles: _Tiles, budget: int) -> Iterator[Batch]
         k_rows = k_first[start:end, None] + tiles.order[start:end, :count]
         alike = not cut or _alike(tiles, run)
         own = None if alike else _own_start(tiles, run)
-        hidden = _hide(call, tiles, run, slice(0, end - start), buffers) if cut and alike else None
-        for part in split_rows(end - start, per_row * q_block * count * kv_block, budget):
+        hidden = _hide(call, tiles, run, slice(0, end - start), slice(0, cut), buffers) if cut and alike else None
+        columns = split_keys(count, kv_block, device)
+        for part in split_rows(end - start, per_row * q_block * columns[0].stop * kv_block, budget):
             at = slice(start + part.start, start + part.stop)
-            begin = bias = None
-            if own is not None:
-                entries = _entries(own[1], part, q_block).expand(-1, per_row, -1, -1)
-                begin = own[0], entries.reshape(entries.shape[0], -1, count)
-            elif not alike:
-                hidden = _hide(call, tiles, run, part, buffers)
-            if call.bias is not None:
-                index = tiles.order[at, :count]
-                q_pos = (
-                    tiles.u[at, None, None, None, None] * q_block + torch.arange(q_block, device=device)[:, None, None]
-                )
-                k_pos = (index[:, :, None] * kv_block + torch.arange(kv_block, device=device))[:, None, None]
-                column = relative_index(call, q_pos, k_pos) + tiles.heads[at, :, None, None, None] * call.bias.shape[1]
-                bias = column.reshape(index.shape[0], per_row * q_block, -1)
-            hide = None if hidden is None else (whole * kv_block, hidden)
             first, last = tiles.first[at.start], tiles.first[at.stop - 1] + 1
             together = per_row == 1 and last - first == at.stop - at.start  # rows of a run are in ascending order
-            yield Batch(tiles.q_rows[at], k_rows[part], hide, bias, begin, slice(first, last) if together else None)
+            for some in columns:
+                which = slice(max(some.start - whole, 0), some.stop - whole)  # of the cut ones
+                begin = hide = bias = None
+                if which.stop > 0 and own is not None:
+                    entries = _entries(own[1][..., some], part, q_block).expand(-1, per_row, -1, -1)
+                    begin = own[0], entries.reshape(entries.shape[0], -1, entries.shape[3])
+                elif which.stop > 0:
+                    mask = _hide(call, tiles, run, part, which, buffers) if hidden is None else hidden[..., which, :]
+                    hide = None if mask is None else (max(whole - some.start, 0) * kv_block, mask)
+                if call.bias is not None:
+                    bias = _bias_columns(call, tiles, at, some)
+                yield Batch(
+                    tiles.q_rows[at],
+                    k_rows[part, some],
+                    hide,
+                    bias,
+                    begin,
+                    slice(first, last) if together else None,
+                    some.start == 0,
+                    some.stop == count,
+                )
+
+
+def _bias_columns(call: AttentionCall, tiles: _Tiles, rows: slice, columns: slice) -> Tensor:
+    """``(R, M, L)``: where the biases of tile rows ``rows`` and their tiles ``columns`` are in the flattened table."""
+    assert call.bias is not None
+    (q_block, kv_block), index = tiles.size, tiles.order[rows, columns]
+    q = tiles.u[rows, None, None, None, None] * q_block + torch.arange(q_block, device=index.device)[:, None, None]
+    k = (index[:, :, None] * kv_block + torch.arange(kv_block, device=index.device))[:, None, None]
+    column = relative_index(call, q, k) + tiles.heads[rows, :, None, None, None] * call.bias.shape[1]
+    return column.reshape(index.shape[0], tiles.heads.shape[1] * q_block, -1)
 
 
 def _alike(tiles: _Tiles, run: int) -> bool:

@@ -82,6 +82,8 @@ def average(call: AttentionCall, layout: Groups, out: Tensor, lse: Tensor) -> tu
 
 SLOTS = 1 << 18
 """Slots of queries and keys whose places are worked out at once."""
+SMALL_BUCKET = 1 << 18
+"""Scores that take no longer than one more shape of pieces does."""
 FEW_SIZES = 16
 """Different group sizes up to which groups of one size run together without padding."""
 
@@ -198,15 +200,25 @@ def _buckets(layout: Groups, budget: int) -> Iterator[tuple[int, int, tuple[Tens
     if of.numel() == 0:
         return
     width_q, width_k = _rounded(n_q), _rounded(layout.cu_k.diff()[of])
-    code = width_q * (width_k.max() + 1) + width_k
+    code = width_k * (width_q.max() + 1) + width_q
     order = torch.argsort(code, stable=True)
     _, counts = torch.unique_consecutive(code[order], return_counts=True)
     first = order[counts.cumsum(0) - counts]
     start = 0
-    for m, w, count in torch.stack([width_q[first], width_k[first], counts], -1).tolist():
+    for m, w, count in _joined(torch.stack([width_q[first], width_k[first], counts], -1).tolist()):
         for chosen in order[start : start + count].split(max(1, SLOTS // (m + w))):
             yield m, w, (of[chosen], first_q[chosen], n_q[chosen])
         start += count
+
+
+def _joined(shapes: list[list[int]]) -> Iterator[tuple[int, int, int]]:
+    """``(queries, keys, pieces)`` without shapes of little work, which are padded to the next one of as many keys."""
+    waiting = 0
+    for (m, w, count), (then, keys, _) in zip(shapes, [*shapes[1:], [0, 0, 0]], strict=True):
+        waiting += count
+        if keys != w or waiting * then * w > SMALL_BUCKET:
+            yield m, w, waiting
+            waiting = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,6 +258,11 @@ class _Bucket:
     @cached_property
     def h(self) -> Tensor:
         return torch.div(self.q_index, self.base.q_len, rounding_mode="floor") % self.heads
+
+    @cached_property
+    def open(self) -> bool:
+        """Whether every pair that is asked for is visible."""
+        return self.base.plain and not self.base.causal and bool(self.full_k.all())
 
     @cached_property
     def bounds(self) -> _Bounds | None:
@@ -305,6 +322,8 @@ def _bounds(bucket: _Bucket) -> _Bounds:
 
 def _hidden(bucket: _Bucket, part: slice) -> Tensor | None:
     """``(R, m or 1, w)``: True hides, or −inf does; None when every pair is visible."""
+    if bucket.open:
+        return None
     bounds = bucket.bounds
     if bounds is None:
         b, i, j = bucket.b[part, :, None], bucket.i[part, :, None], bucket.j[part, None, :]

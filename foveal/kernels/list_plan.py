@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.layouts import KeySelection
 from .call import AttentionCall, compute_dtype, relative_index
-from .rows import LOG2_E, Batch, Plan, consecutive_rows, scratch, split_rows
+from .rows import LOG2_E, Batch, Plan, consecutive_rows, scratch, split_keys, split_rows
 
 
 def list_plan(call: AttentionCall, layout: KeySelection, budget: int) -> Plan:
@@ -67,9 +67,12 @@ def _whole_batches(call: AttentionCall, layout: KeySelection, budget: int, unit:
     for lines in split_rows(batch * heads, blocks * layout.block_size * width, budget):
         k_rows = (lists[source[lines]] + first[lines]).flatten(0, 1)
         start = lines.start * blocks
-        for part in split_rows(k_rows.shape[0], layout.block_size * width, budget):
+        columns = split_keys(k_rows.shape[1], unit, k_rows.device)
+        for part in split_rows(k_rows.shape[0], layout.block_size * columns[0].stop * unit, budget):
             run = slice(start + part.start, start + part.stop)
-            yield Batch(rows[run], k_rows[part], run=run)
+            for some in columns:
+                end = some.stop == k_rows.shape[1]
+                yield Batch(rows[run], k_rows[part, some], run=run, first=some.start == 0, last=end)
 
 
 def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool) -> Iterator[Batch]:
@@ -109,9 +112,21 @@ def _batches(call: AttentionCall, layout: KeySelection, budget: int, whole: bool
             bias = column.expand(batch, row_heads, -1, per_row, -1, -1).reshape(count, per_row * size, -1)
         k_rows = (kv_first[:, :, None, None] + seen).view(count, -1)
         q_rows = (q_first[:, :, None] + u[:, None]).view(count, -1)
-        for some in split_rows(count, per_row * size * k_rows.shape[1], budget):
-            hide = None if hidden is None else (first, hidden if alike else hidden[some])
-            yield Batch(q_rows[some], k_rows[some], hide, None if bias is None else bias[some])
+        columns = split_keys(k_rows.shape[1], 1, device)
+        for some in split_rows(count, per_row * size * columns[0].stop, budget):
+            mask = hidden if hidden is None or alike else hidden[some]
+            for c in columns:
+                hide = None
+                if mask is not None and c.stop > first:
+                    hide = max(first - c.start, 0), mask[..., max(c.start - first, 0) : c.stop - first]
+                yield Batch(
+                    q_rows[some],
+                    k_rows[some, c],
+                    hide,
+                    None if bias is None else bias[some, :, c],
+                    first=c.start == 0,
+                    last=c.stop == k_rows.shape[1],
+                )
 
 
 def _by_block(x: Tensor, blocks: int, size: int) -> Tensor:

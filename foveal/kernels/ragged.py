@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Batch, Plan, Scores, key_units, logits, scratch
+from .rows import LOG2_E, Batch, Buffers, Plan, Scores, key_units, logits, scratch
 
 
 class _Ragged(torch.autograd.Function):
@@ -33,6 +33,7 @@ class _Ragged(torch.autograd.Function):
         kf, vf = key_units(k, v, plan, dtype)
         flat_table = None if table is None else table.reshape(-1).to(dtype)
         tiny = torch.finfo(dtype).tiny
+        here, norm, og = lse, lse, out  # of the rows at hand, over all parts of their keys
         with scratch(q.device) as buffers:
             for batch in plan.batches():
                 qg = buffers.take("q", qf, batch.q_rows, dtype, d, batch.run)
@@ -40,20 +41,31 @@ class _Ragged(torch.autograd.Function):
                 vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 if tf is not None:
-                    here = s.amax(-1, keepdim=True)
+                    before, here = here, s.amax(-1, keepdim=True)
                     if isinstance(plain, Tensor):
                         here.masked_fill_(plain[batch.q_rows].view(here.shape), 0.0)
-                    _put(tf, batch, here)
+                    if not batch.first:
+                        torch.maximum(here, before, out=here)
                     # a row that sees nothing gets weights 0, not NaN
                     s.sub_(here.masked_fill(here == -torch.inf, 0.0) if batch.hides else here)
-                norm = s.exp2_().sum(-1, keepdim=True)
-                _put(lf, batch, norm)
-                straight = batch.run is not None and q.dtype == dtype
-                shape = (*qg.shape[:2], dv)
-                og = of[batch.run].view(shape) if straight else buffers.get("out", shape, dtype)
-                torch.bmm(s, vg, out=og).div_(norm.clamp_(min=tiny) if batch.hides else norm)
-                if not straight:
-                    _put(of, batch, og)
+                share = s.exp2_().sum(-1, keepdim=True)
+                if batch.first:
+                    norm, og = share, _room(of, batch, (*qg.shape[:2], dv), buffers, dtype)
+                    torch.bmm(s, vg, out=og)
+                else:
+                    if tf is not None:
+                        before.sub_(here).exp2_().nan_to_num_(0.0)  # −inf less −inf: nothing was seen yet
+                        norm.mul_(before)
+                        og.mul_(before)
+                    norm.add_(share)
+                    torch.baddbmm(og, s, vg, out=og)
+                if batch.last:
+                    if tf is not None:
+                        _put(tf, batch, here)
+                    _put(lf, batch, norm)
+                    og.div_(norm.clamp_(min=tiny) if batch.hides else norm)
+                    if batch.run is None or q.dtype != dtype:
+                        _put(of, batch, og)
         lse.log2_()
         lse = (lse if top is None else lse.add_(top)).mul_(1 / LOG2_E)
         ctx.save_for_backward(q, k, v, table, out, lse)
@@ -66,6 +78,13 @@ class _Ragged(torch.autograd.Function):
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
         return *found, None, None
+
+
+def _room(target: Tensor, batch: Batch, shape: tuple[int, ...], buffers: Buffers, dtype: torch.dtype) -> Tensor:
+    """Where results of this shape are made: in their place in ``target``, where that is one piece of the right dtype."""
+    if batch.run is not None and target.dtype == dtype:
+        return target[batch.run].view(shape)
+    return buffers.get("out", shape, dtype)
 
 
 def _put(target: Tensor, batch: Batch, found: Tensor) -> None:

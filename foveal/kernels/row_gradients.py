@@ -55,8 +55,8 @@ def gradients(
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))
             part = _like(buffers, "grad_q", qg) if batch.run is None else gqf[batch.run].view(qg.shape)
-            torch.baddbmm(part, ds, kg, beta=0, alpha=scores.scale, out=part)
-            if batch.run is None:
+            torch.baddbmm(part, ds, kg, beta=0 if batch.first else 1, alpha=scores.scale, out=part)
+            if batch.run is None and batch.last:
                 write = gqf.index_add_ if plan.repeats else gqf.index_copy_
                 write(0, where, part.view(where.shape[0], -1))
             part = _like(buffers, "grad_k", kg)

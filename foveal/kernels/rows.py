@@ -22,6 +22,10 @@ LOG2_E = 1.0 / math.log(2.0)
 CONVERT_READS = 2
 """Keys and values in half precision are converted as a whole when each is read at least this often on average."""
 
+KEYS_AT_ONCE = 1024
+"""Keys of an attention whose scores are made at once on CPU, at least. Twice as many are split: with fewer keys more attentions run at
+once, whose rows often read the same keys."""
+
 KEPT_BYTES = 1 << 24
 """Scratch memory that a thread keeps between calls, at most."""
 
@@ -31,8 +35,8 @@ class Batch:
     """R small attentions of the same shape; what ``hide`` holds may be overwritten when the next batch is made.
 
     Attributes:
-        q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is written by at most one attention, unless the
-            plan repeats rows.
+        q_rows: ``(R, M/q_unit)`` int64 row units of the flattened q; every row is in at most one attention, unless the plan repeats
+            rows.
         k_rows: ``(R, L/k_unit)`` int64 row units of the flattened k and v.
         hide: None, or ``(first_column, mask)``, True (bool) or −inf (float penalties) hides: ``mask`` is ``(R or 1, G or 1, M/G, *columns)`` where the sizes of
             ``columns`` multiply to ``L − first_column`` and consecutive rows are split into G equal parts.
@@ -41,6 +45,7 @@ class Batch:
             are ``(R, M, L/width)`` int64. For masks of which every attention has its own: logits are added to it, so that it needs no
             memory of its own.
         run: ``q_rows`` as a slice, where they are consecutive and the plan does not repeat rows.
+        first, last: whether these are the first and the last of the keys of its rows; their batches follow each other, in order.
     """
 
     q_rows: Tensor
@@ -49,6 +54,8 @@ class Batch:
     bias: Tensor | None = None
     start: tuple[Tensor, Tensor] | None = None
     run: slice | None = None
+    first: bool = True
+    last: bool = True
 
     @property
     def hides(self) -> bool:
@@ -101,10 +108,10 @@ class Buffers:
             return last
         size = math.prod(shape)
         flat = self._store.get((role, dtype))
-        with torch.inference_mode(False):  # so that later calls in any mode may write into it
-            if flat is None or flat.numel() < size:
+        if flat is None or flat.numel() < size:
+            with torch.inference_mode(False):  # so that later calls in any mode may write into it
                 flat = self._store[role, dtype] = torch.empty(size, dtype=dtype, device=self._device)
-            last = self._shaped[role, dtype] = flat[:size].view(shape)
+        last = self._shaped[role, dtype] = flat[:size].view(shape)
         return last
 
     @property
@@ -242,6 +249,18 @@ def split_rows(total: int, score_elements: int, budget: int) -> Iterator[slice]:
         step = 2
     step -= step % 2 if step > 1 else 0
     return (slice(i, min(i + step, total)) for i in range(0, total, step))
+
+
+def split_keys(units: int, unit: int, device: torch.device) -> list[slice]:
+    """Slices of ``range(units)``, as equal as can be, each of at least ``KEYS_AT_ONCE`` keys; a single one on a GPU.
+
+    Args:
+        units: what the keys of an attention are listed in. unit: keys of each.
+        device: where they are.
+    """
+    parts = max(1, units * unit // KEYS_AT_ONCE) if device.type == "cpu" else 1
+    step = max(1, -(-units // parts))
+    return [slice(i, min(i + step, units)) for i in range(0, units, step)]
 
 
 def consecutive_rows(index: Tensor, sizes: Sequence[int], length: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import foveal
 from foveal.core.layouts import Groups
-from foveal.kernels import gather
+from foveal.kernels import gather, rows
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.dispatch import compute, missing
 
@@ -63,12 +63,16 @@ def test_reference_equals_the_loop(kind: str, data: st.DataObject) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("batch_size", [1 << 6, gather.CPU_SCORES], ids=["small batches", "default"])
+@pytest.mark.parametrize(
+    ("batch_size", "keys"),
+    [(1 << 6, rows.KEYS_AT_ONCE), (1 << 8, 4), (gather.CPU_SCORES, rows.KEYS_AT_ONCE)],
+    ids=["small batches", "keys in parts", "default"],
+)
 @settings(max_examples=30)
 @given(data=st.data())
-def test_gather_equals_the_reference(kind: str, batch_size: int, data: st.DataObject) -> None:
+def test_gather_equals_the_reference(kind: str, batch_size: int, keys: int, data: st.DataObject) -> None:
     call = data.draw(calls(kind))
-    with mock.patch.object(gather, "CPU_SCORES", batch_size):
+    with mock.patch.object(gather, "CPU_SCORES", batch_size), mock.patch.object(rows, "KEYS_AT_ONCE", keys):
         expected, got = solve(call, "reference"), solve(call, "gather")
     for name, value in expected.items():
         assert_close(got[name], value, 1e-9, name)

@@ -15,7 +15,7 @@ from torch import Tensor
 import foveal
 from foveal.core.base_mask import BaseMask
 from foveal.core.layouts import BlockMask, KeySelection, block_mask
-from foveal.kernels import block_plan, gather, ragged, reference
+from foveal.kernels import block_plan, gather, ragged, reference, rows
 from foveal.kernels.call import AttentionCall
 from foveal.kernels.rows import Batch, Plan, consecutive_rows
 
@@ -175,6 +175,68 @@ def test_lists_that_are_seen_whole_run_in_the_order_of_their_rows(
     assert all((batch.run is not None) == own_lists for batch in watched.batches)
 
 
+def lists_of(kind: str) -> KeySelection:
+    """Lists of 60 keys for 12 blocks of 12 rows: the first 32 keys of every other list come after its rows (a causal model hides them)."""
+    make = torch.Generator().manual_seed(7)
+    index = torch.stack([torch.randperm(WHOLE - 32, generator=make) for _ in range(24)])[:, :60].view(1, 2, 12, 60)
+    index[:, :, ::2, :32] = WHOLE - 1 - torch.arange(32)
+    if kind == "short lists":
+        index[:, :, 1, 20:] = index[:, :, 3] = -1
+    return KeySelection(index, 12)
+
+
+@pytest.mark.parametrize("kind", ["own", "alike", "evaluated", "lists", "short lists", "dense"])
+@pytest.mark.parametrize("large", ["none", "some", "all"])
+@pytest.mark.parametrize("words", [{}, {"softcap": 2.0}, {"causal": True}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_keys_in_parts_give_what_the_reference_gives(
+    kind: str, large: str, words: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``large``: the rows of which the logits are too large to be weighted without their maximum."""
+    watched, heads = Watched(), (4, 2)
+    monkeypatch.setattr(rows, "KEYS_AT_ONCE", SIZE)
+    monkeypatch.setattr(gather, "attend_rows", watched)
+    monkeypatch.setattr(gather, "CPU_SCORES", 4000)
+    if kind == "evaluated":
+        monkeypatch.setattr(block_plan, "TABLE_KEYS", 0)
+    layout = (
+        None
+        if kind == "dense"
+        else lists_of(kind)
+        if "lists" in kind
+        else mask_of("own" if kind == "evaluated" else kind, 1, 1)
+    )
+    size = torch.ones(WHOLE, 1, dtype=torch.float64)
+    size[{"none": slice(0), "some": slice(0, None, 3), "all": slice(None)}[large]] = 100.0
+    words, found = dict(words), []
+    if "bias" in words:
+        words["bias"] = torch.randn(4, 2 * WHOLE - 1, dtype=torch.float64).requires_grad_()
+    for module, of in ((gather, dtype), (reference, torch.float64)):
+        q, k, v = inputs(2, *heads)
+        leaves = [x.detach().to(of).requires_grad_() for x in (q.detach() * size, k, v)]
+        found.append(solve(module.attend, leaves, layout, **words))
+    for number, (ours, theirs) in enumerate(zip(*found, strict=True)):
+        scale = float(theirs[theirs.isfinite()].abs().max())
+        assert_close(ours.double(), theirs, (1e-9 if dtype == torch.float64 else 3e-4) * max(1.0, scale), str(number))
+    parts = [batch for batch in watched.batches if not (batch.first and batch.last)]
+    assert {batch.first for batch in parts} == {batch.last for batch in parts} == {False, True}
+    for batch, then in zip(watched.batches, watched.batches[1:], strict=False):
+        assert then.first == batch.last and (batch.last or torch.equal(batch.q_rows, then.q_rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_take_their_keys_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of a dense call over 4,096 keys are made 1,024 at a time, so that more than two rows of tiles run at once."""
+    watched = Watched()
+    monkeypatch.setattr(gather, "attend_rows", watched)
+    q, k, v = (torch.randn(1, 2, n, 64, dtype=dtype) for n in (1024, 4096, 4096))
+    out = foveal.attention(q, k, v, impl="gather", causal=False)
+    assert {batch.k_rows.shape[1] * block_plan.DENSE_BLOCK for batch in watched.batches} == {1024}
+    assert {batch.q_rows.shape[0] for batch in watched.batches} == {4, 6}
+    exact = foveal.attention(q.double(), k.double(), v.double(), impl="reference", causal=False)
+    assert_close(out.double(), exact, 1e-5 if dtype == torch.float32 else 4e-3)
+
+
 @example([[(0, 4), (1, 4)], [(2, 4), (5, 2), (6, 2)]], 96)
 @example([[(0, 16), (1, 16)], [(2, 16), (3, 8), (3, 8)]], 96)
 @given(
@@ -184,27 +246,27 @@ def test_lists_that_are_seen_whole_run_in_the_order_of_their_rows(
 def test_consecutive_rows_are_the_longest_runs_that_all_lists_consist_of(
     lists: list[list[tuple[int, int]]], length: int
 ) -> None:
-    rows = [[at * size + i for at, size in runs for i in range(size)] for runs in lists]
-    index, sizes = torch.tensor([row for one in rows for row in one]), [len(one) for one in rows]
+    read = [[at * size + i for at, size in runs for i in range(size)] for runs in lists]
+    index, sizes = torch.tensor([row for one in read for row in one]), [len(one) for one in read]
 
     def holds(unit: int) -> bool:
         return length % unit == 0 and all(
             len(one) % unit == 0
             and all(one[i] % unit == 0 and one[i : i + unit] == list(range(one[i], one[i] + unit)) for i in range(0, len(one), unit))
-            for one in rows
+            for one in read
         )  # fmt: skip
 
     assert consecutive_rows(index, sizes, length) == max(unit for unit in (1, 2, 4, 8, 16) if holds(unit))
 
 
-@pytest.mark.parametrize(("rows", "share"), [(16, 1.0), (64, 1.0), (128, 1.5), (256, 2.0), (1024, 2.0)])
+@pytest.mark.parametrize(("height", "share"), [(16, 1.0), (64, 1.0), (128, 1.5), (256, 2.0), (1024, 2.0)])
 def test_attentions_of_many_rows_run_with_more_scores_at_once(
-    rows: int, share: float, monkeypatch: pytest.MonkeyPatch
+    height: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where ``rows`` is the sum of the head dimensions, the keys and values of a batch take as much memory as its scores."""
+    """Where ``height`` is the sum of the head dimensions, the keys and values of a batch take as much memory as its scores."""
     given, real = [], block_plan.split_rows
     monkeypatch.setattr(block_plan, "split_rows", lambda *a: given.append(a[2]) or real(*a))
     q = torch.zeros(1, 1, 1024, 64)
-    mask = block_mask(torch.ones(1, 1, 1024 // rows, 8, dtype=torch.int8), (rows, 128), (1024, 1024))
+    mask = block_mask(torch.ones(1, 1, 1024 // height, 8, dtype=torch.int8), (height, 128), (1024, 1024))
     foveal.attention(q, q, q, mask, impl="gather")
     assert given == [share * gather.CPU_SCORES]
