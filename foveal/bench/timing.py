@@ -41,6 +41,7 @@ def interleaved(
     repeats: int,
     *,
     warmup: int = 1,
+    at_least: float = 0.0,
     device: torch.device | str = "cpu",
     clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
@@ -49,6 +50,8 @@ def interleaved(
     Args:
         jobs: name → callable without arguments.
         repeats: turns. warmup: unmeasured turns before them (compilation, caches, lazy initialisation).
+        at_least: seconds. A job that is done sooner is called again until so much time has passed, and its mean counts: beside a job that
+            takes seconds, one short call says more about its moment than about the job.
         device: on CUDA every measurement begins and ends with all kernels finished.
         clock: what tells the time, in seconds.
 
@@ -56,11 +59,11 @@ def interleaved(
         name → ``repeats`` measurements; entry ``i`` of all lists belongs to turn ``i``.
 
     Raises:
-        ConfigError: ``repeats`` below 1, ``warmup`` below 0.
+        ConfigError: ``repeats`` below 1, ``warmup`` or ``at_least`` below 0.
     """
-    if repeats < 1 or warmup < 0:
+    if repeats < 1 or warmup < 0 or not at_least >= 0:
         raise ConfigError(
-            f"repeats is {repeats} and warmup {warmup}; expected repeats of at least 1 and warmup of at least 0."
+            f"repeats is {repeats}, warmup {warmup} and at_least {at_least}; expected repeats of at least 1, the others of at least 0."
         )
     cuda = torch.device(device).type == "cuda"
 
@@ -72,11 +75,12 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(-warmup, repeats):
         for name in list(jobs)[:: 1 if turn % 2 == 0 else -1]:
-            start = now()
-            jobs[name]()
-            taken = now() - start
+            start, taken, calls = now(), 0.0, 0
+            while calls == 0 or taken < at_least:
+                jobs[name]()
+                taken, calls = now() - start, calls + 1
             if turn >= 0:
-                seconds[name].append(taken)
+                seconds[name].append(taken / calls)
     return seconds
 
 

@@ -34,11 +34,11 @@ class _Merged(torch.autograd.Function):
             for batch in plan.batches():
                 qg = buffers.take("q", q, batch.q_rows, dtype, d)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
-                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 where = batch.q_rows.reshape(-1)
                 if plain is True:
                     norm.index_add_(0, where, s.exp2_().sum(-1).view(-1))
+                    vg = buffers.take("k", vf, batch.k_rows, dtype, dv)  # where the keys were, which are done with
                     part = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype))
                     total.index_add_(0, where, part.view(-1, dv))
                     continue
@@ -50,6 +50,7 @@ class _Merged(torch.autograd.Function):
                 now = top.index_select(0, where)
                 s.sub_(here.masked_fill(here == -torch.inf, 0.0)).exp2_()
                 share = s.sum(-1).view(-1)
+                vg = buffers.take("k", vf, batch.k_rows, dtype, dv)
                 part = torch.bmm(s, vg, out=buffers.get("out", (qg.shape[0], qg.shape[1], dv), dtype)).view(-1, dv)
                 _rescale(total, norm, where, before, now)
                 factor = (here.view(-1) - now.masked_fill(now == -torch.inf, 0.0)).exp2_()

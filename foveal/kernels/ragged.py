@@ -38,7 +38,6 @@ class _Ragged(torch.autograd.Function):
             for batch in plan.batches():
                 qg = buffers.take("q", qf, batch.q_rows, dtype, d, batch.run)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
-                vg = buffers.take("v", vf, batch.k_rows, dtype, dv)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
                 if tf is not None:
                     before, here = here, s.amax(-1, keepdim=True)
@@ -49,6 +48,9 @@ class _Ragged(torch.autograd.Function):
                     # a row that sees nothing gets weights 0, not NaN
                     s.sub_(here.masked_fill(here == -torch.inf, 0.0) if batch.hides else here)
                 share = s.exp2_().sum(-1, keepdim=True)
+                vg = buffers.take(
+                    "k", vf, batch.k_rows, dtype, dv
+                )  # where the keys were, which are done with: less to keep in the cache
                 if batch.first:
                     norm, og = share, _room(of, batch, (*qg.shape[:2], dv), buffers, dtype)
                     torch.bmm(s, vg, out=og)

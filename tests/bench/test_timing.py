@@ -41,6 +41,17 @@ def test_warm_up_is_not_measured() -> None:
     assert seconds == {"a": [1.0, 2.0]}
 
 
+def test_short_jobs_are_repeated_and_their_mean_counts() -> None:
+    clock, log = FakeClock(), []
+    jobs = {
+        "short": clock.job(iter([9.0, 1.0, 2.0, 3.0, 2.0, 4.0]), log, "s"),
+        "long": clock.job(iter([9.0, 7.0, 8.0]), log, "l"),
+    }
+    seconds = interleaved(jobs, 2, warmup=1, at_least=5.0, clock=clock)
+    assert "".join(log) == "ls" + "sssl" + "lss"
+    assert seconds == {"short": [2.0, 3.0], "long": [7.0, 8.0]}
+
+
 def test_speedups_compare_within_a_turn() -> None:
     """A machine that is ten times slower in one turn changes no ratio."""
     ratios = speedups({"base": [4.0, 40.0, 4.0], "fast": [2.0, 20.0, 2.0]}, "base")
@@ -56,6 +67,8 @@ def test_spread_holds_median_and_quartiles() -> None:
 def test_refusals_name_the_value() -> None:
     with pytest.raises(ConfigError, match="repeats is 0"):
         interleaved({}, 0)
+    with pytest.raises(ConfigError, match="at_least nan"):
+        interleaved({}, 1, at_least=float("nan"))
     with pytest.raises(ConfigError, match=r"baseline 'x'.*expected one of a"):
         speedups({"a": [1.0]}, "x")
     with pytest.raises(ConfigError, match="at least one"):

@@ -217,8 +217,10 @@ def test_cut_tiles_are_the_same_from_tables_and_one_by_one(
 
 
 @pytest.mark.parametrize("combine", ["softmax", "mean"])
-@pytest.mark.parametrize("slots", [1, 1 << 18])
-def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, combine: Any, slots: int) -> None:
+@pytest.mark.parametrize(("slots", "small"), [(1, 1 << 18), (1 << 18, 1 << 18), (1 << 18, 0)])
+def test_large_groups_are_cut_to_the_budget(
+    monkeypatch: pytest.MonkeyPatch, combine: Any, slots: int, small: int
+) -> None:
     """Groups of up to 300 queries in pieces of 64, and queries in several pieces of one batch: as the reference."""
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 300, 5, generator=make, dtype=torch.float64) for h in (4, 2, 2))
@@ -240,8 +242,17 @@ def test_large_groups_are_cut_to_the_budget(monkeypatch: pytest.MonkeyPatch, com
     want = solve("reference")
     monkeypatch.setattr(gather, "CPU_SCORES", 64)
     monkeypatch.setattr(group_plan, "SLOTS", slots)
+    monkeypatch.setattr(group_plan, "SMALL_BUCKET", small)
     for a, b in zip(solve("gather"), want, strict=True):
         assert_close(a, b)
+
+
+def test_shapes_of_little_work_are_padded_to_the_next_one_of_as_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_plan, "SMALL_BUCKET", 1000)
+    shapes = [[4, 8, 3], [16, 8, 1], [600, 8, 2], [700, 8, 1], [4, 16, 5]]
+    assert list(group_plan._joined(shapes)) == [(16, 8, 4), (600, 8, 2), (700, 8, 1), (4, 16, 5)]
+    monkeypatch.setattr(group_plan, "SMALL_BUCKET", 0)
+    assert [list(shape) for shape in group_plan._joined(shapes)] == shapes
 
 
 def everything(batch: int, heads: int, length: int) -> dict[str, Any]:
