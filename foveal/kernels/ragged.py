@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .call import compute_dtype
 from .row_gradients import gradients
-from .rows import LOG2_E, Batch, Buffers, Plan, Scores, key_units, logits, scratch
+from .rows import LOG2_E, Batch, Plan, Scores, key_units, logits, scratch
 
 
 class _Ragged(torch.autograd.Function):
@@ -36,6 +36,7 @@ class _Ragged(torch.autograd.Function):
         here, norm, og = lse, lse, out  # of the rows at hand, over all parts of their keys
         with scratch(q.device) as buffers:
             for batch in plan.batches():
+                in_place = batch.run is not None and q.dtype == dtype
                 qg = buffers.take("q", qf, batch.q_rows, dtype, d, batch.run)
                 kg = buffers.take("k", kf, batch.k_rows, dtype, d)
                 s, _ = logits(buffers, qg, kg, batch, scores, flat_table)
@@ -52,7 +53,8 @@ class _Ragged(torch.autograd.Function):
                     "k", vf, batch.k_rows, dtype, dv
                 )  # where the keys were, which are done with: less to keep in the cache
                 if batch.first:
-                    norm, og = share, _room(of, batch, (*qg.shape[:2], dv), buffers, dtype)
+                    norm, shape = share, (*qg.shape[:2], dv)
+                    og = of[batch.run].view(shape) if in_place else buffers.get("out", shape, dtype)
                     torch.bmm(s, vg, out=og)
                 else:
                     if tf is not None:
@@ -66,7 +68,7 @@ class _Ragged(torch.autograd.Function):
                         _put(tf, batch, here)
                     _put(lf, batch, norm)
                     og.div_(norm.clamp_(min=tiny) if batch.hides else norm)
-                    if batch.run is None or q.dtype != dtype:
+                    if not in_place:
                         _put(of, batch, og)
         lse.log2_()
         lse = (lse if top is None else lse.add_(top)).mul_(1 / LOG2_E)
@@ -80,13 +82,6 @@ class _Ragged(torch.autograd.Function):
         q, k, v, table, out, lse = ctx.saved_tensors
         found = gradients(q, k, v, table, out, lse, ctx.plan, ctx.scores, grad_out, grad_lse)
         return *found, None, None
-
-
-def _room(target: Tensor, batch: Batch, shape: tuple[int, ...], buffers: Buffers, dtype: torch.dtype) -> Tensor:
-    """Where results of this shape are made: in their place in ``target``, where that is one piece of the right dtype."""
-    if batch.run is not None and target.dtype == dtype:
-        return target[batch.run].view(shape)
-    return buffers.get("out", shape, dtype)
 
 
 def _put(target: Tensor, batch: Batch, found: Tensor) -> None:
