@@ -30,7 +30,7 @@ import foveal
 from foveal.bench.flex import flex_job
 from foveal.bench.memory import MIB, PeakMemory
 from foveal.bench.results import load_average, rounded, write_result
-from foveal.bench.timing import Spread, interleaved, speedups
+from foveal.bench.timing import SHORT, Spread, interleaved, speedups
 from foveal.core.base_mask import BaseMask
 from foveal.core.budget import Budget
 from foveal.core.context import SelectContext, Selection
@@ -43,8 +43,6 @@ from foveal.patterns.presets import FLUX
 
 HEADS, DIM, TOPICS, SEGMENT, WANTED, SEED = 8, 64, 64, 64, 4, 0
 TARGET, NATIVE_TARGET, MEMORY_TARGET = 0.6, 0.8, 8.0
-AT_LEAST = 0.3
-"""Seconds of a measurement; a call that takes less is repeated, and its mean counts."""
 CLUSTERS, MEMBERS = 128, 256
 
 
@@ -137,7 +135,7 @@ def measure_length(length: int, names: list[str], repeats: int, use_flex: bool) 
             )
         jobs[f"{name} selection"] = lambda name=name, rows=rows: select(name, rows, k, earlier)  # type: ignore[misc]
     with torch.no_grad():
-        seconds = interleaved(jobs, repeats, at_least=AT_LEAST)
+        seconds = interleaved(jobs, repeats, at_least=SHORT)
         dense = {name: job() for name, job in jobs.items() if name.startswith("sdpa")}
         out: dict[str, Any] = {name: {"milliseconds": Spread.of(seconds[name]).median * 1e3} for name in dense}
         for name in names:
@@ -310,7 +308,7 @@ def main() -> None:
         "shape": {"heads": HEADS, "head_dim": DIM, "dtype": "float32", "threads": torch.get_num_threads()},
         "load_before": load,
         "repeats": args.repeats,
-        "seconds_at_least": AT_LEAST,
+        "seconds_at_least": SHORT,
         "lengths": lengths,
         "memory_length": args.memory_length,
         "memory": memory,

@@ -26,7 +26,7 @@ from torch import Tensor
 import foveal
 from foveal.bench.flex import flex_job
 from foveal.bench.results import load_average, rounded, write_result
-from foveal.bench.timing import Spread, interleaved, speedups
+from foveal.bench.timing import SHORT, Spread, interleaved, speedups
 from foveal.core.base_mask import BaseMask
 from foveal.core.context import SelectContext
 from foveal.core.density import measure
@@ -37,8 +37,6 @@ from foveal.patterns.presets import FLUX
 
 HEADS, DIM, SEED = 8, 64, 0
 TARGET, NATIVE_TARGET, SHARE = 0.6, 0.8, 0.2
-AT_LEAST = 0.3
-"""Seconds of a measurement; a call that takes less is repeated, and its mean counts."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def measure_length(length: int, names: list[str], repeats: int, use_flex: bool) 
             if job is not None:
                 jobs[f"{name} flex"] = job
     with torch.no_grad():
-        seconds = interleaved(jobs, repeats, at_least=AT_LEAST)
+        seconds = interleaved(jobs, repeats, at_least=SHORT)
         out: dict[str, Any] = {
             name: {"milliseconds": _milliseconds(seconds, name)} for name in jobs if name.startswith("sdpa")
         }
@@ -211,7 +209,7 @@ def main() -> None:
         "shape": {"heads": HEADS, "head_dim": DIM, "dtype": "float32", "threads": torch.get_num_threads()},
         "load_before": load,
         "repeats": args.repeats,
-        "seconds_at_least": AT_LEAST,
+        "seconds_at_least": SHORT,
         "lengths": lengths,
     }
     write_result(args.out, rounded(result))

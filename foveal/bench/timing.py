@@ -13,6 +13,8 @@ import torch
 from ..core.errors import ConfigError
 
 Clock = Callable[[], float]
+SHORT = 0.3
+"""Seconds below which a single call says too little beside one of seconds; see ``at_least`` of :func:`interleaved`."""
 
 
 @dataclass(frozen=True)
