@@ -95,6 +95,7 @@ class Across {
       const long here = least(KEYS, count - start);
       for (long j = 0; j < here + TILE_ROWS; j++) key[j] = floats_at(p.k, c.b, kv, which, least(start + j, count - 1));
       for (long j = 0; j < here; j++) value[j] = floats_at(p.v, c.b, kv, which, start + j);
+      fetch_following(c, c.rows * start / count, c.rows * (start + here) / count);
       for (long r = 0; r < c.rows; r += PANEL) step(r, ceil_div(least(PANEL, c.rows - r), 16) * 16 / LANES, here);
     }
     for (long r = 0; r < c.rows; r += PANEL) turn_back(o + r * wide, least(PANEL, c.rows - r), rows.o + r * wide);
@@ -106,6 +107,16 @@ class Across {
  private:
   static const float* floats_at(const Strided& x, long b, long kv, Rows which, long r) {
     return reinterpret_cast<const float*>(row_at(x, Type::f32, b, kv, which, r));
+  }
+
+  // The queries behind rows `from` … `to` of a chunk, which most likely come next.
+  void fetch_following(const Chunk& c, long from, long to) const {
+    for (long r = from; r < to && !c.list; r++) {
+      const long n = c.first + c.per_head + r % c.per_head;
+      if (n >= p.q_len) continue;
+      const char* at = row_at(p.q, p.type, c.b, c.h + r / c.per_head, n);
+      for (long d = 0; d < p.dim; d += 16) __builtin_prefetch(at + d * p.q.step[3] * 4, 0, 2);
+    }
   }
 
   // Up to 64 rows of queries become columns; the last row stands in for those that are missing.
@@ -185,9 +196,14 @@ class Across {
     const float by = factor_of(p);
     const long rows = vectors * LANES;
     for (long n = 0; n < rows; n += LANES) {
-      Vec best = load(s + n);
-      for (long j = 1; j < keys; j++) best = max(best, load(s + j * PANEL + n));
-      store(floor + n, mul(best, set1(by)));
+      Vec best = load(s + n), other = best;  // two chains: one would wait for each result
+      long j = 1;
+      for (; j + 1 < keys; j += 2) {
+        best = max(best, load(s + j * PANEL + n));
+        other = max(other, load(s + (j + 1) * PANEL + n));
+      }
+      if (j < keys) best = max(best, load(s + j * PANEL + n));
+      store(floor + n, mul(max(best, other), set1(by)));
     }
     for (long i = 0; i < rows; i++) {
       const float before = top[first + i], now = floor[i] > before ? floor[i] : before;
@@ -198,16 +214,16 @@ class Across {
     }
     for (long n = 0; n < rows; n += LANES) {
       const Vec minus = sub(zero(), load(floor + n)), share = exp2(load(factor + n));
-      Vec total[2] = {zero(), zero()};
+      Vec total = zero();
       [[maybe_unused]] Vec weighted = zero();
       for (long j = 0; j < keys; j++) {
         const Vec x = fma(load(s + j * PANEL + n), set1(by), minus), w = exp2(x);
         store(s + j * PANEL + n, w);
-        total[j % 2] = add(total[j % 2], w);
+        total = add(total, w);
         if constexpr (measured) weighted = fma(w, max(set1(-200.0f), x), weighted);
       }
       store(factor + n, share);
-      store(sum + first + n, fma(load(sum + first + n), share, add(total[0], total[1])));
+      store(sum + first + n, fma(load(sum + first + n), share, total));
       if constexpr (measured) store(spread + first + n, fma(load(spread + first + n), share, weighted));
     }
   }

@@ -15,6 +15,7 @@ namespace foveal::FOVEAL_VARIANT {
 
 constexpr long FEW_ROWS = 128;
 constexpr long LEAST_PANELS = 4;  // that a task gets when keys are split
+constexpr long RUN_ROWS = 256;    // of a task, where there are enough: lists that follow each other often share keys
 
 template <class P>
 struct Few {
@@ -25,6 +26,8 @@ struct Few {
   const long block_rows, block_count;  // rows per list
   const long chunk_rows, per_block;  // query rows of a task, tasks per block
   const long units, splits, most_keys;
+  const long run, tasks;  // parts of units in one task; how many tasks that makes
+  const int threads;
   const bool in_place;  // keys and values are not packed
   const bool across;    // nor are those that all rows see
   std::uint64_t* valid_bits = nullptr;
@@ -54,6 +57,9 @@ struct Few {
         units(p.batch * (p.heads / stacked) * block_count * per_block),
         splits(split(p, units, threads)),
         most_keys(p.lists.index ? p.lists.width : 0),
+        run(splits > 1 ? 1 : most(1, least(RUN_ROWS / (chunk_rows * stacked), units / (FINE_TASKS * threads)))),
+        tasks(ceil_div(units * splits, run)),
+        threads(threads),
         in_place(!P::pairs && direct(p, chunk_rows * stacked)),
         across(!P::pairs && !in_place && Across::serves(p)) {}
 
@@ -108,7 +114,15 @@ struct Few {
     return c;
   }
 
-  // Task of the first round: the rows of a unit over one part of their keys.
+  // Task of the first round. What threads do at the same time lies far apart: neighbors would write to the same lines, and where a
+  // page of memory is new, both would clear it.
+  void attend_run(long task, int worker) const {
+    const long share = task % threads;
+    const long turn = splits > 1 ? task : share * (tasks / threads) + least(share, tasks % threads) + task / threads;
+    for (long i = turn * run; i < least((turn + 1) * run, units * splits); i++) attend(i, worker);
+  }
+
+  // The rows of a unit over one part of their keys.
   void attend(long index, int worker) const {
     const long unit = index / splits, split = index % splits;
     const Chunk c = chunk_of(unit);
@@ -254,7 +268,7 @@ void few_as(const Problem& p, Pool& pool, int threads) {
   Few<P> f(p, threads);
   f.lay_out(static_cast<char*>(pool.memory((std::size_t)f.lay_out(nullptr, threads))), threads);
   mark_valid(p, f.valid_bits);
-  pool.run(threads, f.units * f.splits, [](void* x, long i, int worker) { static_cast<Few<P>*>(x)->attend(i, worker); }, &f);
+  pool.run(threads, f.tasks, [](void* x, long i, int worker) { static_cast<Few<P>*>(x)->attend_run(i, worker); }, &f);
   if (f.splits > 1) pool.run(threads, f.units, [](void* x, long i, int worker) { static_cast<Few<P>*>(x)->join(i, worker); }, &f);
 }
 

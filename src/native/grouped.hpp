@@ -1,6 +1,6 @@
 // The forward pass over Groups: packed documents, windows of a grid, clusters, routed blocks.
 //
-// A piece is up to 96 rows of one group. Its rows and keys are gathered by their positions while they are packed, so that
+// A piece is some rows of one group. Its rows and keys are gathered by their positions while they are packed, so that
 // nothing is padded, sorted or copied in memory. Where a row may be in several groups, one task walks through all groups of a
 // key head in order and joins each piece to what its rows have so far; otherwise a task is a piece, or a few of a group.
 #pragma once
@@ -14,9 +14,7 @@
 
 namespace foveal::FOVEAL_VARIANT {
 
-constexpr long PIECE_ROWS = 96;
-constexpr long TASK_PIECES = 4;  // of one group that share what is packed, where there are tasks enough:
-constexpr long FINE_TASKS = 32;  // per thread, so that the last ones keep the others waiting for 3 % of the time at most
+constexpr long TASK_PIECES = 4;  // of one group that share what is packed, where there are tasks enough
 
 // Groups cut into pieces, in an order in which the pieces of one key head follow each other.
 struct Pieces {
@@ -84,6 +82,7 @@ inline long kv_of_piece(const Problem& p, const Pieces::Piece& piece, long h) {
 
 template <class P>
 struct Grouped {
+  static constexpr long PIECE_ROWS = P::pairs ? 96 : 128;  // whole register tiles where keys are packed, whole panels across the lanes
   // Panels of keys that are packed at once. A group of at most as many is packed once for all its pieces: half a small second-level
   // cache where heads have 64 channels.
   static constexpr long HELD_PANELS = 8, VALUE_STEPS = HELD_PANELS * PANEL / P::per_unit;

@@ -210,7 +210,7 @@ void forward(const Sizes& sizes, const Tensor4& q, const Tensor4& k, const Tenso
   require(!p.entropy || !p.groups.count || p.groups.combine == Combine::one, "the entropy of a row in several groups is not computed");
   const Variant& variant = current();
   nb::gil_scoped_release free;
-  if (p.groups.combine != Combine::apart) prefer_large_pages(p.out, bytes_of(p, p.heads * p.q_len * p.dim_v));
+  if (p.groups.combine != Combine::apart) p.fresh = prefer_large_pages(p.out, bytes_of(p, p.heads * p.q_len * p.dim_v));
   PoolLock lock;
   variant.forward(p, lock.pool, threads < 1 ? 1 : threads);
 }

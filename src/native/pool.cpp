@@ -186,12 +186,13 @@ Pool::State* current() {
 
 }  // namespace
 
-void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+bool prefer_large_pages([[maybe_unused]] void* data, std::size_t bytes) {
+  if (bytes < FRESH_BYTES) return false;
 #if defined(MADV_HUGEPAGE)
-  if (bytes < FRESH_BYTES) return;
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(begin), bytes - page, MADV_HUGEPAGE);  // advice only: where it is refused nothing changes
 #endif
+  return true;
 }
 
 PoolLock::PoolLock() {

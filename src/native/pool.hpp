@@ -5,6 +5,8 @@
 
 namespace foveal {
 
+constexpr long FINE_TASKS = 32;  // per thread, so that the last ones keep the others waiting for 3 % of the time at most
+
 struct Pool {
   // Run task 0 … tasks−1 on up to `threads` threads, the caller among them; `worker` is below `threads`. Which thread runs
   // a task is open, so a task must write only what is its own.
@@ -27,7 +29,7 @@ struct PoolLock {
 };
 
 // Asks the system for large pages for a result that is so large that its memory is surely fresh: touching it page by page takes
-// as long as a sparse attention.
-void prefer_large_pages(void* data, std::size_t bytes);
+// as long as a sparse attention. Whether it is.
+bool prefer_large_pages(void* data, std::size_t bytes);
 
 }  // namespace foveal

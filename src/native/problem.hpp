@@ -58,6 +58,7 @@ struct Problem {
   Lists lists;
   Groups groups;         // count 0: none
   void* out = nullptr;   // (batch, heads, q_len, dim_v) in the inputs' type; apart: (1 or heads, members, dim_v) in float32
+  bool fresh = false;    // out is so large that its memory is new
   float* lse = nullptr;  // (batch, heads, q_len) or (1 or heads, members)
   float* entropy = nullptr;  // of each row's weights, in nats, like lse; or null
 };

@@ -36,6 +36,8 @@ inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load_units(const Unit* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }  // past the caches, to a whole number of vectors; then end_stream()
+inline void end_stream() { _mm_sfence(); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -93,6 +95,8 @@ inline Vec set1(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load_units(const Unit* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+inline void end_stream() { _mm_sfence(); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -151,6 +155,8 @@ inline Vec set1(float x) { return Vec{x, x, x, x}; }
 inline Vec load(const float* p) { Vec x; std::memcpy(&x, p, 16); return x; }
 inline Vec load_units(const Unit* p) { Vec x; std::memcpy(&x, p, 16); return x; }
 inline void store(float* p, Vec x) { std::memcpy(p, &x, 16); }
+inline void stream(float* p, Vec x) { store(p, x); }
+inline void end_stream() {}
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }

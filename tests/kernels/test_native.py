@@ -381,13 +381,15 @@ def test_nan_stays_in_its_head_and_row(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["blocks", "lists", "groups"])
+@pytest.mark.parametrize("kind", ["blocks", "lists", "short lists", "groups"])
 def test_runs_are_bitwise_equal_at_a_fixed_number_of_threads(kind: str, kv_heads: int, dtype: torch.dtype) -> None:
     make = torch.Generator().manual_seed(0)
     if kind == "blocks":
         mask: Layout = random_blocks(make, 1, 3, 700, 700, (64, 64), True)
     elif kind == "lists":
         mask = random_lists(make, 1, kv_heads, 700, 700, 64, 200, True)
+    elif kind == "short lists":  # many in one task
+        mask = random_lists(make, 1, kv_heads, 700, 700, 1, 40, True)
     else:
         mask = random_groups(make, (1, 3, kv_heads, 700, 700), 12, True, "softmax")
     call, _ = lowered(random_call(6, (1, 3, kv_heads, 700, 700, 64, 64), mask), dtype)
@@ -398,9 +400,35 @@ def test_runs_are_bitwise_equal_at_a_fixed_number_of_threads(kind: str, kv_heads
             again = [*attend(call, "native"), *gradients(call, "native").values()]
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     torch.set_num_threads(1)
-    if kind == "blocks":
+    if kind in ("blocks", "short lists"):
         alone = attend(call, "native")
         assert all(torch.equal(a, b) for a, b in zip(first, alone, strict=False)), "forward does not depend on threads"
+
+
+@pytest.mark.parametrize("kind", ["dense", "lists", "windows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_that_no_cache_holds(isa: str, kind: str, dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(8)
+    rows = 16384 if dtype == torch.float32 else 32768
+    q, k, v = (torch.randn(1, 8, n, 64, generator=make).to(dtype) for n in (rows, 96, 96))
+
+    def some(first: int, end: int) -> Tensor:
+        count = end - first
+        mask: Layout | None = None
+        if kind == "lists":
+            index = torch.arange(96)[None].expand(count // 64, -1)[None, None, :, :40]
+            mask = KeySelection((index + torch.arange(first // 64, end // 64)[:, None]) % 96, 64)
+        elif kind == "windows":
+            ends = torch.arange(0, count + 1, 2048)
+            keys = torch.arange(first // 2048, end // 2048)[:, None] + torch.arange(40)
+            mask = Groups(torch.arange(count), ends, keys.flatten(), torch.arange(len(ends)) * 40)
+        return foveal.attention(q[:, :, first:end], k, v, mask, impl="native")
+
+    whole = some(0, rows)
+    assert whole.numel() * whole.element_size() == 32 << 20
+    for first in (0, rows // 2):
+        part = some(first, first + rows // 2)
+        assert torch.equal(whole[:, :, first : first + rows // 2], part), "as what is written in the ordinary way"
 
 
 def test_calls_from_many_threads_at_once() -> None:
