@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -61,11 +62,12 @@ def interleaved(
         name → ``repeats`` measurements; entry ``i`` of all lists belongs to turn ``i``.
 
     Raises:
-        ConfigError: ``repeats`` below 1, ``warmup`` or ``at_least`` below 0.
+        ConfigError: ``repeats`` below 1, ``warmup`` below 0, ``at_least`` below 0 or without end.
     """
-    if repeats < 1 or warmup < 0 or not at_least >= 0:
+    if repeats < 1 or warmup < 0 or not 0 <= at_least < math.inf:
         raise ConfigError(
-            f"repeats is {repeats}, warmup {warmup} and at_least {at_least}; expected repeats of at least 1, the others of at least 0."
+            f"repeats is {repeats}, warmup {warmup} and at_least {at_least}; expected repeats of at least 1, the others of at least 0, "
+            "and a finite time."
         )
     cuda = torch.device(device).type == "cuda"
 

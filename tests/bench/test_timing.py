@@ -67,8 +67,9 @@ def test_spread_holds_median_and_quartiles() -> None:
 def test_refusals_name_the_value() -> None:
     with pytest.raises(ConfigError, match="repeats is 0"):
         interleaved({}, 0)
-    with pytest.raises(ConfigError, match="at_least nan"):
-        interleaved({}, 1, at_least=float("nan"))
+    for wrong in ("nan", "inf"):
+        with pytest.raises(ConfigError, match=f"at_least {wrong}"):
+            interleaved({}, 1, at_least=float(wrong))
     with pytest.raises(ConfigError, match=r"baseline 'x'.*expected one of a"):
         speedups({"a": [1.0]}, "x")
     with pytest.raises(ConfigError, match="at least one"):
