@@ -10,7 +10,7 @@ namespace foveal::FOVEAL_VARIANT {
 
 // Rows whose lines are fetched one by one while others are multiplied.
 struct Soon {
-  const float* const* keys = nullptr;    // the next ones
+  const float* const* keys = nullptr;    // those after the next ones
   const float* const* values = nullptr;  // of the keys that are multiplied now
 };
 
@@ -72,7 +72,7 @@ class Across {
     factor = memory.take<float>(any * PANEL);
     floor = memory.take<float>(any * PANEL);
     spread = memory.take<float>(p.entropy ? slabs * PANEL : 0);
-    key = memory.take<const float*>(any * (KEYS + TILE_ROWS));
+    key = memory.take<const float*>(any * (KEYS + 2 * TILE_ROWS));
     value = memory.take<const float*>(any * KEYS);
   }
 
@@ -93,7 +93,7 @@ class Across {
     }
     for (long start = 0; start < count; start += KEYS) {
       const long here = least(KEYS, count - start);
-      for (long j = 0; j < here + TILE_ROWS; j++) key[j] = floats_at(p.k, c.b, kv, which, least(start + j, count - 1));
+      for (long j = 0; j < here + 2 * TILE_ROWS; j++) key[j] = floats_at(p.k, c.b, kv, which, least(start + j, count - 1));
       for (long j = 0; j < here; j++) value[j] = floats_at(p.v, c.b, kv, which, start + j);
       fetch_following(c, c.rows * start / count, c.rows * (start + here) / count);
       for (long r = 0; r < c.rows; r += PANEL) step(r, ceil_div(least(PANEL, c.rows - r), 16) * 16 / LANES, here);
@@ -165,7 +165,7 @@ class Across {
   void dots(long keys, const float* queries, float* to) const {
     long j = 0;
     for (; j + TILE_ROWS <= keys; j += TILE_ROWS)
-      dots_across<TILE_ROWS, N>(key + j, queries, p.dim, to + j * PANEL, Soon{key + j + TILE_ROWS, value + j});
+      dots_across<TILE_ROWS, N>(key + j, queries, p.dim, to + j * PANEL, Soon{key + j + 2 * TILE_ROWS, value + j});
     switch (keys - j) {
       case 1: return dots_across<1, N>(key + j, queries, p.dim, to + j * PANEL, {});
       case 2: return dots_across<2, N>(key + j, queries, p.dim, to + j * PANEL, {});
