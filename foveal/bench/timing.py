@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -53,8 +54,9 @@ def interleaved(
     Args:
         jobs: name → callable without arguments.
         repeats: turns. warmup: unmeasured turns before them (compilation, caches, lazy initialisation).
-        at_least: seconds. A job that is done sooner is called again until so much time has passed, and its mean counts: beside a job that
-            takes seconds, one short call says more about its moment than about the job.
+        at_least: seconds. A job that is done sooner is called again until so much time has passed, and the median of its calls counts:
+            beside a job that takes seconds, one short call says more about its moment than about the job, and the first ones
+            may touch memory that the system has taken back meanwhile.
         device: on CUDA every measurement begins and ends with all kernels finished.
         clock: what tells the time, in seconds.
 
@@ -79,12 +81,12 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(-warmup, repeats):
         for name in list(jobs)[:: 1 if turn % 2 == 0 else -1]:
-            start, taken, calls = now(), 0.0, 0
-            while calls == 0 or taken < at_least:
+            start, ends = now(), list[float]()
+            while not ends or ends[-1] - start < at_least:
                 jobs[name]()
-                taken, calls = now() - start, calls + 1
+                ends.append(now())
             if turn >= 0:
-                seconds[name].append(taken / calls)
+                seconds[name].append(statistics.median(b - a for a, b in itertools.pairwise([start, *ends])))
     return seconds
 
 
