@@ -111,7 +111,8 @@ class Across {
 
   // The queries behind rows `from` … `to` of a chunk, which most likely come next.
   void fetch_following(const Chunk& c, long from, long to) const {
-    for (long r = from; r < to && !c.list; r++) {
+    if (c.list) return;
+    for (long r = from; r < to; r++) {
       const long n = c.first + c.per_head + r % c.per_head;
       if (n >= p.q_len) continue;
       const char* at = row_at(p.q, p.type, c.b, c.h + r / c.per_head, n);

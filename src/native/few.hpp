@@ -115,7 +115,7 @@ struct Few {
   }
 
   // Task of the first round. What threads do at the same time lies far apart: neighbors would write to the same lines, and where a
-  // page of memory is new, both would clear it.
+  // page of memory is new, both would clear it. Parts of one unit are read in order.
   void attend_run(long task, int worker) const {
     const long share = task % threads;
     const long turn = splits > 1 ? task : share * (tasks / threads) + least(share, tasks % threads) + task / threads;

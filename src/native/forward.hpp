@@ -10,7 +10,6 @@
 namespace foveal::FOVEAL_VARIANT {
 
 constexpr long CHUNK_ROWS = 96;
-constexpr long TASKS_PER_THREAD = 32;  // in a turn: the last ones to end keep the others waiting for 3 % of it at most
 
 template <class P>
 struct Forward {
@@ -32,7 +31,7 @@ struct Forward {
         steps(steps_of<P>(p.dim)),
         wide(padded(p.dim_v)),
         group(p.heads / p.kv_heads),
-        turn(least(p.batch * p.kv_heads, ceil_div(TASKS_PER_THREAD * threads, group * cut.count))),
+        turn(least(p.batch * p.kv_heads, ceil_div(FINE_TASKS * threads, group * cut.count))),
         in_place(!P::pairs && rows_are_packed(p.v, p.type, p.dim_v)) {}
 
   long value_steps() const { return panels * PANEL / P::per_unit; }

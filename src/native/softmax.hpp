@@ -196,24 +196,26 @@ struct Softmax {
 
   // Out, lse and entropy of all rows. What is too large to be found in a cache later does not take other things' place there.
   void finish(const Chunk& c) const {
-    const bool past_caches = p.fresh && type_of_out(p) == Type::f32 && wide == p.dim_v && reinterpret_cast<std::uintptr_t>(p.out) % 64 == 0;
+    const bool past_caches = p.fresh && straight() && reinterpret_cast<std::uintptr_t>(p.out) % 64 == 0;
     for (long r = 0; r < c.rows; r++) write(c, r, o + r * wide, most_seen[r], sum[r], p.entropy ? spread[r] : 0.0f, past_caches);
     if (past_caches) end_stream();
   }
+
+  // Whether a row of results lies in out as it does here.
+  bool straight() const { return type_of_out(p) == Type::f32 && wide == p.dim_v; }
 
   // Out, lse and entropy of one row of the chunk; `from` is used up.
   void write(const Chunk& c, long r, float* from, float top, float total, float spread_of, bool past_caches = false) const {
     const long row = c.to >= 0 ? c.to + r : c.b * p.heads * p.q_len + query_of(c, r);
     const Vec share = set1(total == 0.0f ? 0.0f : 1.0f / total);
     char* out = static_cast<char*>(p.out) + row * p.dim_v * size_of(type_of_out(p));
-    const bool straight = type_of_out(p) == Type::f32 && wide == p.dim_v;
-    float* to = straight ? reinterpret_cast<float*>(out) : from;
+    float* to = straight() ? reinterpret_cast<float*>(out) : from;
     if (past_caches) {
       for (long j = 0; j < wide; j += LANES) stream(to + j, mul(load(from + j), share));
     } else {
       for (long j = 0; j < wide; j += LANES) store(to + j, mul(load(from + j), share));
     }
-    if (!straight) write_floats(type_of_out(p), from, p.dim_v, out);
+    if (!straight()) write_floats(type_of_out(p), from, p.dim_v, out);
     p.lse[row] = total == 0.0f ? -INF : (top + std::log2(total)) * LN_2;
     if (p.entropy) p.entropy[row] = total == 0.0f ? 0.0f : (std::log2(total) - spread_of / total) * LN_2;
   }

@@ -36,7 +36,7 @@ inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load_units(const Unit* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
-inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }  // past the caches, to a whole number of vectors; then end_stream()
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }  // past the caches, p aligned to a vector; then end_stream()
 inline void end_stream() { _mm_sfence(); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
